@@ -1,0 +1,1 @@
+"""Where setup.py and `make native` put the native libraries."""

@@ -192,7 +192,8 @@ def prefix_attention(
             )
     batch, num_heads, seqlen_q, _ = q.shape
     seed = _seed_tensor(seed, q, dropout_p)
-    common = {"scale": scale, "softcap": softcap, "dropout_p": dropout_p, "return_lse": True, "backend": backend}
+    common = {"scale": scale, "softcap": softcap, "dropout_p": dropout_p, "backend": backend}
+    common["return_lse"] = True
     own_out, own_lse = attention(
         q, k, v, causal=causal, key_mask=key_mask, window=window, seed=seed, **common
     )
@@ -233,7 +234,7 @@ def _reference(inputs: AttentionInputs, options: tuple) -> tuple[Tensor, Tensor]
     if torch.is_autocast_enabled(device_type):
         inputs = AttentionInputs(*ops.cast_for_autocast(device_type, inputs[:3]), *inputs[3:])
     with torch.autocast(device_type, enabled=False):
-        return reference.attention(describe(inputs, *options, False), inputs)
+        return reference.attention(describe(inputs, options, False), inputs)
 
 
 def _normalise(inputs, max_seqlen_q, max_seqlen_k, causal, scale, window, softcap, dropout_p, seed, backend):

@@ -9,14 +9,9 @@ from .backends import Backend
 from .errors import BackendUnavailableError, InvalidArgumentError, UnsupportedError
 from .problem import AttentionProblem
 
-# In the order "auto" tries them, fastest first. Each is a module that is imported when it is first
-# considered.
-_MODULES = {
-    "cuda": "fastattn.backends.cuda",
-    "triton": "fastattn.backends.triton",
-    "cpu": "fastattn.backends.cpu",
-}
-BACKEND_NAMES = ("auto", *_MODULES, "reference")
+# In the order "auto" tries them, fastest first, each with the device it is for: none for another is even imported.
+_DEVICE_OF = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}
+BACKEND_NAMES = ("auto", *_DEVICE_OF, "reference")
 
 _backends: dict[str, Backend | str] = {}
 _chosen: dict[tuple[AttentionProblem, str], Backend] = {}
@@ -60,7 +55,10 @@ def _choose(problem: AttentionProblem, backend: str) -> Backend:
 def survey(problem: AttentionProblem) -> tuple[Backend | None, dict[str, str]]:
     """The first backend that can serve, and why each of the others is not the one."""
     first, refusals = None, {}
-    for name in _MODULES:
+    for name, device_type in _DEVICE_OF.items():
+        if problem.device.type != device_type:
+            refusals[name] = f"for tensors on a {device_type} device, these are on {problem.device}"
+            continue
         loaded = load(name)
         reason = loaded if isinstance(loaded, str) else loaded.supports(problem)
         if reason is not None:
@@ -77,9 +75,9 @@ def load(name: str) -> Backend | str:
     loaded = _backends.get(name)
     if loaded is None:
         try:
-            loaded = importlib.import_module(_MODULES[name]).backend
+            loaded = importlib.import_module(f"fastattn.backends.{name}").backend
         except ModuleNotFoundError as error:
-            if error.name == _MODULES[name]:
+            if error.name == f"fastattn.backends.{name}":
                 loaded = "not part of this installation"
             else:
                 loaded = f"the package {error.name!r} is not installed"
@@ -104,7 +102,7 @@ class BackendStatus:
 def backends() -> tuple[BackendStatus, ...]:
     """Each backend's status on this machine, in the order "auto" tries them; the reference comes last."""
     statuses = []
-    for name in _MODULES:
+    for name in _DEVICE_OF:
         loaded = load(name)
         reason = loaded if isinstance(loaded, str) else ""
         statuses.append(BackendStatus(name, not reason, reason))

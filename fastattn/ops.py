@@ -15,26 +15,26 @@ from torch.autograd.function import once_differentiable
 from . import dispatch
 from .backends import Gradients
 from .errors import InvalidArgumentError
-from .problem import AttentionInputs, AttentionProblem, describe, validate
+from .problem import AttentionInputs, AttentionOptions, AttentionProblem, describe, validate
 
 _TENSORS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? bias, Tensor? relative_bias, Tensor? alibi_slopes, "
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seed"
+    "Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? bias, Tensor? relative_bias, "
+    "Tensor? alibi_slopes, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seed"
 )
 _OPTIONS = (
     "bool causal, float softmax_scale, int window_left, int window_right, float softcap, float dropout_p, "
     "SymInt max_seqlen_q, SymInt max_seqlen_k"
 )
 _NUM_TENSORS = len(AttentionInputs._fields)
-_NUM_OPTIONS = 8
+_NUM_OPTIONS = len(AttentionOptions._fields)
 
 _library = torch.library.Library("fastattn", "DEF")
 _library.define(
     f"forward({_TENSORS}, {_OPTIONS}, str backend, bool need_grad, bool need_lse) -> (Tensor, Tensor)"
 )
 _library.define(
-    f"backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, bool[] needs, {_TENSORS}, {_OPTIONS}, str backend) "
-    "-> Tensor[]"
+    "backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, bool[] needs, "
+    f"{_TENSORS}, {_OPTIONS}, str backend) -> Tensor[]"
 )
 forward = torch.ops.fastattn.forward.default
 backward = torch.ops.fastattn.backward.default
@@ -122,7 +122,7 @@ def _for_backend(inputs: AttentionInputs) -> AttentionInputs:
 def _forward_kernel(*args):
     *problem_args, backend_name, need_grad, need_lse = args
     inputs = AttentionInputs(*problem_args[:_NUM_TENSORS])
-    problem = describe(inputs, *problem_args[_NUM_TENSORS:], need_grad)
+    problem = describe(inputs, tuple(problem_args[_NUM_TENSORS:]), need_grad)
     backend = dispatch.choose(problem, backend_name)
     inputs = _for_backend(inputs)
     out, lse = _allocate_forward(problem, inputs.q, need_lse)
@@ -133,7 +133,7 @@ def _forward_kernel(*args):
 def _backward_kernel(dout, dlse, out, lse, needs, *args):
     *problem_args, backend_name = args
     inputs = AttentionInputs(*problem_args[:_NUM_TENSORS])
-    problem = describe(inputs, *problem_args[_NUM_TENSORS:], True)
+    problem = describe(inputs, tuple(problem_args[_NUM_TENSORS:]), True)
     backend = dispatch.choose(problem, backend_name)
     gradients = _allocate_backward(inputs, needs)
     dlse = None if dlse is None else dlse.contiguous()
@@ -152,7 +152,7 @@ def _backward_kernel(dout, dlse, out, lse, needs, *args):
 def _forward_fake(*args):
     *problem_args, _, need_grad, need_lse = args
     inputs = AttentionInputs(*problem_args[:_NUM_TENSORS])
-    problem = validate(inputs, *problem_args[_NUM_TENSORS:], need_grad)
+    problem = validate(inputs, AttentionOptions(*problem_args[_NUM_TENSORS:]), need_grad)
     return _allocate_forward(problem, _unit_last_stride(inputs.q), need_lse)
 
 
@@ -165,7 +165,7 @@ def _backward_fake(dout, dlse, out, lse, needs, *args):
 
 
 class _Attention(torch.autograd.Function):
-    """Saves q, k, v, out, lse and what shapes the scores; its backward asks for the gradients wanted and no other."""
+    """Saves what shapes the scores, out and lse; backward asks for the gradients wanted and no other."""
 
     @staticmethod
     def forward(ctx, keyset, *args):

@@ -24,7 +24,7 @@ _CACHE_SIZE = 1024
 
 
 class AttentionInputs(NamedTuple):
-    """The tensors of a problem. Absent ones are None; which are allowed together is AttentionProblem's to say."""
+    """The tensors of a problem; absent ones are None. Which go together is for `validate` to say."""
 
     q: Tensor  # padded (B, Hq, Nq, D); packed (total_q, Hq, D)
     k: Tensor  # padded (B, Hkv, Nk, D); packed (total_k, Hkv, D)
@@ -36,6 +36,19 @@ class AttentionInputs(NamedTuple):
     cu_seqlens_q: Tensor | None = None  # int32 (B + 1,): the packed layout
     cu_seqlens_k: Tensor | None = None  # int32 (B + 1,)
     seed: Tensor | None = None  # int64, one element: needed when dropout_p > 0
+
+
+class AttentionOptions(NamedTuple):
+    """Everything else a call says, every default filled in."""
+
+    causal: bool
+    softmax_scale: float
+    window_left: int  # -1: unlimited
+    window_right: int
+    softcap: float  # 0: none
+    dropout_p: float
+    max_seqlen_q: int  # packed layout only, else 0
+    max_seqlen_k: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,63 +85,32 @@ class AttentionProblem:
 _described: dict[tuple, AttentionProblem] = {}
 
 
-def describe(
-    inputs: AttentionInputs,
-    causal: bool,
-    softmax_scale: float,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    dropout_p: float,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    need_grad: bool,
-) -> AttentionProblem:
-    """The validated problem of these tensors and options; raises InvalidArgumentError. Remembers what it has seen."""
-    q, k, v = inputs[:3]
-    options = (
-        causal, softmax_scale, window_left, window_right, softcap, dropout_p, max_seqlen_q, max_seqlen_k, need_grad,
-    )  # fmt: skip
-    key = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, options)
-    if inputs[3:] != _NO_OPTIONAL_TENSORS:
-        key += tuple(None if t is None else (t.shape, t.dtype, t.device) for t in inputs[3:])
+def describe(inputs: AttentionInputs, options: tuple, need_grad: bool) -> AttentionProblem:
+    """The validated problem of these tensors and AttentionOptions; raises InvalidArgumentError. Remembered."""
+    key = (need_grad, options, *((t.shape, t.dtype, t.device) if t is not None else None for t in inputs))
     problem = _described.get(key)
     if problem is None:
-        problem = validate(inputs, *options)
+        problem = validate(inputs, AttentionOptions(*options), need_grad)
         if len(_described) >= _CACHE_SIZE:
             _described.clear()
         _described[key] = problem
     return problem
 
 
-_NO_OPTIONAL_TENSORS = (None,) * 7
-
-
-def validate(
-    inputs: AttentionInputs,
-    causal: bool,
-    softmax_scale: float,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    dropout_p: float,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    need_grad: bool,
-) -> AttentionProblem:
+def validate(inputs: AttentionInputs, options: AttentionOptions, need_grad: bool) -> AttentionProblem:
     """`describe` without the memory: also for tensors whose sizes are symbols."""
     q, k, v = inputs[:3]
     packed = inputs.cu_seqlens_q is not None
     _check_dtypes_and_devices(inputs)
     if packed:
-        batch, seqlen_q, seqlen_k = _check_packed(inputs, max_seqlen_q, max_seqlen_k)
+        batch, seqlen_q, seqlen_k = _check_packed(inputs, options.max_seqlen_q, options.max_seqlen_k)
     else:
         batch, seqlen_q, seqlen_k = _check_padded(inputs)
     num_heads, num_kv_heads = q.shape[1], k.shape[1]
     _check_heads(q, k, v, num_heads, num_kv_heads)
     _check_scores(inputs, batch, num_heads, seqlen_q, seqlen_k)
-    _check_numbers(softmax_scale, window_left, window_right, softcap)
-    _check_dropout(dropout_p, inputs.seed)
+    _check_numbers(options)
+    _check_dropout(options.dropout_p, inputs.seed)
     bias, alibi_slopes = inputs.bias, inputs.alibi_slopes
     return AttentionProblem(
         device=q.device,
@@ -143,12 +125,12 @@ def validate(
         head_dim_v=v.shape[-1],
         total_q=q.shape[0] if packed else batch * seqlen_q,
         total_k=k.shape[0] if packed else batch * seqlen_k,
-        causal=causal,
-        softmax_scale=softmax_scale,
-        window_left=window_left,
-        window_right=window_right,
-        softcap=softcap,
-        dropout_p=dropout_p,
+        causal=options.causal,
+        softmax_scale=options.softmax_scale,
+        window_left=options.window_left,
+        window_right=options.window_right,
+        softcap=options.softcap,
+        dropout_p=options.dropout_p,
         has_key_mask=inputs.key_mask is not None,
         bias_shape=None if bias is None else tuple(bias.shape),
         has_relative_bias=inputs.relative_bias is not None,
@@ -203,7 +185,7 @@ def _check_padded(inputs: AttentionInputs) -> tuple[int, int, int]:
 
 
 def _check_packed(inputs: AttentionInputs, max_seqlen_q: int, max_seqlen_k: int) -> tuple[int, int, int]:
-    """Batch and longest sequences of (total, H, D) tensors. What the offsets say is checked where they are read."""
+    """Batch and longest sequences of (total, H, D) tensors. The offsets are checked where they are read."""
     q, k, v, cu_q, cu_k = inputs.q, inputs.k, inputs.v, inputs.cu_seqlens_q, inputs.cu_seqlens_k
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 3:
@@ -268,13 +250,14 @@ def _check_scores(inputs: AttentionInputs, batch: int, num_heads: int, seqlen_q:
         raise InvalidArgumentError("alibi_slopes", f"of shape {tuple(slopes.shape)}", allowed)
 
 
-def _check_numbers(softmax_scale: float, window_left: int, window_right: int, softcap: float) -> None:
-    if not math.isfinite(softmax_scale):
-        raise InvalidArgumentError("scale", softmax_scale, "a finite number")
-    if window_left < -1 or window_right < -1:
-        raise InvalidArgumentError("window", (window_left, window_right), "(left, right), each >= 0 or None")
-    if not (softcap >= 0.0 and math.isfinite(softcap)):
-        raise InvalidArgumentError("softcap", softcap, "a finite number > 0, or None")
+def _check_numbers(options: AttentionOptions) -> None:
+    if not math.isfinite(options.softmax_scale):
+        raise InvalidArgumentError("scale", options.softmax_scale, "a finite number")
+    window = (options.window_left, options.window_right)
+    if min(window) < -1:
+        raise InvalidArgumentError("window", window, "(left, right), each >= 0 or None")
+    if not (options.softcap >= 0.0 and math.isfinite(options.softcap)):
+        raise InvalidArgumentError("softcap", options.softcap, "a finite number > 0, or None")
 
 
 def _check_dropout(dropout_p: float, seed: Tensor | None) -> None:

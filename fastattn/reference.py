@@ -157,7 +157,7 @@ def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_offsets(name: str, offsets: Tensor, total: int, longest: int) -> list[int]:
-    """The offsets of a packed layout as integers, refused unless they ascend within 0..total, `longest` at a time."""
+    """The offsets as integers; they must ascend within 0..total, in steps of at most `longest`."""
     values = offsets.tolist()
     ascending = all(a <= b for a, b in itertools.pairwise(values))
     if not ascending or values[0] < 0 or values[-1] > total:

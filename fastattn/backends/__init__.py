@@ -58,7 +58,7 @@ class Backend(Protocol):
         ...
 
     def kernel(self, problem: AttentionProblem) -> str:
-        """The kernel that would run, for people to read in explain(): instruction set or architecture, tiles."""
+        """The kernel that would run, for people reading explain(): instruction set or architecture, tiles."""
         ...
 
     def forward(

@@ -1,0 +1,21 @@
+"""fastattn inside Hugging Face transformers.
+
+Importing this module registers the name "fastattn" with transformers, so that
+`AutoModel.from_pretrained(name, attn_implementation="fastattn")` computes attention here. `patch(model)` does
+that for a model in memory and runs its encoder without padding as well; `unpatch(model)` takes everything
+back.
+"""
+
+from ..errors import MissingDependencyError
+
+try:
+    import transformers as _transformers  # noqa: F401
+except ImportError as error:
+    raise MissingDependencyError("transformers", "hf") from error
+
+from .interface import register
+from .patch import patch, patched, unpatch
+
+__all__ = ["patch", "patched", "unpatch"]
+
+register()

@@ -1,0 +1,64 @@
+"""Encoders of the BERT kind. They differ in names only.
+
+A head that is not listed is taken to read every position: question answering (a softmax over all of them),
+pretraining (two heads), and ElectraForMultipleChoice (which summarises as its config says).
+"""
+
+from . import EncoderFamily, Reads
+
+_BERT = EncoderFamily(
+    model_type="bert",
+    base="BertModel",
+    encoder="encoder",
+    layers="layer",
+    attention="attention.self",
+    heads=(
+        ("BertForSequenceClassification", Reads.FIRST),
+        ("BertForMultipleChoice", Reads.FIRST),
+        ("BertForNextSentencePrediction", Reads.FIRST),
+        ("BertForTokenClassification", Reads.LABELLED),
+        ("BertForMaskedLM", Reads.LABELLED),
+    ),
+)
+_ROBERTA = EncoderFamily(
+    model_type="roberta",
+    base="RobertaModel",
+    encoder="encoder",
+    layers="layer",
+    attention="attention.self",
+    heads=(
+        ("RobertaForSequenceClassification", Reads.FIRST),
+        ("RobertaForMultipleChoice", Reads.FIRST),
+        ("RobertaForTokenClassification", Reads.LABELLED),
+        ("RobertaForMaskedLM", Reads.LABELLED),
+    ),
+)
+_DISTILBERT = EncoderFamily(
+    model_type="distilbert",
+    base="DistilBertModel",
+    encoder="transformer",
+    layers="layer",
+    attention="attention",
+    heads=(
+        ("DistilBertForSequenceClassification", Reads.FIRST),
+        ("DistilBertForMultipleChoice", Reads.FIRST),
+        ("DistilBertForTokenClassification", Reads.LABELLED),
+        ("DistilBertForMaskedLM", Reads.LABELLED),
+    ),
+)
+_ELECTRA = EncoderFamily(
+    model_type="electra",
+    base="ElectraModel",
+    encoder="encoder",
+    layers="layer",
+    attention="attention.self",
+    heads=(
+        ("ElectraForSequenceClassification", Reads.FIRST),
+        ("ElectraForTokenClassification", Reads.LABELLED),
+        ("ElectraForMaskedLM", Reads.LABELLED),
+        # Its loss drops what the attention mask drops.
+        ("ElectraForPreTraining", Reads.TOKENS),
+    ),
+)
+
+FAMILIES = (_BERT, _ROBERTA, _DISTILBERT, _ELECTRA)

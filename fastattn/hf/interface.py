@@ -1,0 +1,219 @@
+"""The attention function that transformers calls for attn_implementation="fastattn".
+
+Masks reach it in the forms that masks.py returns: None, a (B, Nk) bool mask of the keys, or, where only that
+says it, a (B, 1, Nq, Nk) mask. Whatever it cannot compute exactly it refuses with an UnsupportedError.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import attention, varlen_attention
+from ..errors import InvalidArgumentError, UnsupportedError
+from .log import log_once
+from .masks import fastattn_mask
+from .packing import Call
+
+NAME = "fastattn"
+
+# Keyword arguments that transformers threads through its models and that say nothing about the attention
+# itself.
+_WITHOUT_EFFECT = frozenset(
+    {
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_ids",
+        "position_embeddings",
+        "cache_position",
+        "use_cache",
+        "return_dict",
+        "past_key_values",
+        "logits_to_keep",
+        "deterministic",
+        "debug_io",
+        "debug_io_dir",
+        "seq_idx",
+    }
+)
+
+
+def register() -> None:
+    """Make "fastattn" a name transformers knows, for attention and for masks alike.
+
+    Both are needed: a name without a mask function makes transformers hand over no mask at all.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, fastattn_attention)
+    AttentionMaskInterface.register(NAME, fastattn_mask)
+
+
+def fastattn_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    position_bias: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    output_attentions: bool = False,
+    fastattn_call: Call | None = None,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of one layer, in the form of transformers' AttentionInterface.
+
+    query is (B, Hq, Nq, D), key and value (B, Hkv, Nk, D) with Hkv dividing Hq: nothing is expanded. With
+    cu_seq_lens_q (int, B' + 1 offsets) the batch is one packed row of B' sequences and the mask is theirs by
+    construction. Returns the output as (B, Nq, Hq, Dv) and None, or the (B, Hq, Nq, Nk) weights where
+    output_attentions asks for them, which the model's plain formula then computes.
+    """
+    _refuse_unknown(module, kwargs)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    window = None
+    if sliding_window is not None:
+        # transformers counts the query's own position, and looks as far ahead where attention is not causal.
+        window = (sliding_window - 1, 0 if causal else sliding_window - 1)
+    options = {"scale": scaling, "softcap": softcap, "dropout_p": dropout}
+    options["backend"] = "auto" if fastattn_call is None else fastattn_call.backend
+
+    if cu_seq_lens_q is not None:
+        if fastattn_call is not None:
+            fastattn_call.attended += 1
+        if output_attentions or position_bias is not None:
+            what = "output_attentions=True" if output_attentions else "position_bias"
+            raise UnsupportedError(f"{what} with packed sequences (cu_seq_lens_q)")
+        lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+        return _packed(query, key, value, lengths, causal=causal, window=window, **options), None
+
+    key_mask, bias = None, position_bias
+    if attention_mask is not None:
+        key_mask = _as_key_mask(attention_mask)
+        if key_mask is None:
+            # A mask of pairs says all there is to say: causality and window are in it already.
+            bias = _added(bias, _as_bias(attention_mask, query.dtype))
+            causal, window = False, None
+            key, value = key[:, :, : bias.shape[-1]], value[:, :, : bias.shape[-1]]
+        elif key_mask.shape[1] != key.shape[2]:
+            # Keys beyond the mask are the unwritten end of a static cache.
+            key, value = key[:, :, : key_mask.shape[1]], value[:, :, : key_mask.shape[1]]
+    if output_attentions:
+        log_once(
+            "output_attentions=True: attention runs as plain PyTorch, a fused kernel has no weights to return"
+        )
+        options.pop("backend")
+        return attention_with_weights(
+            query, key, value, key_mask, bias, causal=causal, window=window, **options
+        )
+    out = attention(query, key, value, causal=causal, window=window, key_mask=key_mask, bias=bias, **options)
+    return out.transpose(1, 2), None
+
+
+def _packed(query: Tensor, key: Tensor, value: Tensor, lengths: tuple, **options) -> Tensor:
+    """varlen_attention of one packed row; lengths are transformers' cu_seq_lens_q, _k, max_length_q, _k."""
+    if query.shape[0] != 1:
+        raise InvalidArgumentError(
+            "cu_seq_lens_q", f"given for a batch of {query.shape[0]}", "one packed row"
+        )
+    cu_q, cu_k, max_q, max_k = lengths
+    cu_q = cu_q.to(torch.int32)
+    cu_k = cu_q if cu_k is None else cu_k.to(torch.int32)
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    # max_length may be a tensor; with neither of the two given, the longest sequence is read from the
+    # offsets.
+    max_q = None if max_q is None else int(max_q)
+    max_k = max_q if max_k is None else int(max_k)
+    out = varlen_attention(q, k, v, cu_q, cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k, **options)
+    return out.unsqueeze(0)
+
+
+def _refuse_unknown(module: nn.Module, kwargs: dict) -> None:
+    """An argument that could change the result and is not understood must not be dropped."""
+    for name, value in kwargs.items():
+        if value is None or value is False or name in _WITHOUT_EFFECT:
+            continue
+        raise UnsupportedError(
+            f"{type(module).__name__} passes {name!r} to its attention, which fastattn does not know"
+        )
+
+
+def _as_key_mask(mask: Tensor) -> Tensor | None:
+    """(B, Nk) bool, True = attend, if the mask treats all queries and heads alike; None otherwise."""
+    if mask.dtype != torch.bool:
+        return None
+    if mask.dim() == 2:
+        return mask
+    if mask.dim() != 4:
+        raise InvalidArgumentError(
+            "attention_mask", f"of shape {tuple(mask.shape)}", "(B, Nk) or (B, 1, Nq, Nk)"
+        )
+    for axis in (1, 2):
+        if mask.shape[axis] != 1 and mask.stride(axis) != 0:
+            return None
+    return mask[:, 0, 0]
+
+
+def _as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a mask adds to the scores: 0 or -inf for bool, itself for float (its lowest number is -inf)."""
+    if mask.dim() != 4:
+        raise InvalidArgumentError("attention_mask", f"of shape {tuple(mask.shape)}", "(B, 1, Nq, Nk)")
+    if mask.dtype == torch.bool:
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, float("-inf"))
+    if not mask.is_floating_point():
+        raise InvalidArgumentError(
+            "attention_mask", mask.dtype, "bool (True = attend) or float (added to the scores)"
+        )
+    return mask.masked_fill(mask <= torch.finfo(mask.dtype).min, float("-inf"))
+
+
+def _added(bias: Tensor | None, other: Tensor) -> Tensor:
+    return other if bias is None else bias + other
+
+
+def attention_with_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    bias: Tensor | None,
+    *,
+    causal: bool,
+    window: tuple[int, int] | None,
+    scale: float | None,
+    softcap: float | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """The textbook formula, for callers who want to see the weights: (B, Nq, Hq, Dv) and (B, Hq, Nq, Nk)."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = torch.matmul(query, key.transpose(2, 3)) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
+    # The lowest finite number, as transformers does: a query with no key at all gets equal weights, not NaN.
+    lowest = torch.finfo(scores.dtype).min
+    if key_mask is not None:
+        scores = scores.masked_fill(~key_mask[:, None, None, :], lowest)
+    if causal or window is not None:
+        nq, nk = scores.shape[-2:]
+        distance = (
+            torch.arange(nk, device=scores.device) - torch.arange(nk - nq, nk, device=scores.device)[:, None]
+        )
+        hidden = (distance > 0) if causal else torch.zeros_like(distance, dtype=torch.bool)
+        if window is not None:
+            hidden = hidden | (distance < -window[0]) | (distance > window[1])
+        scores = scores.masked_fill(hidden, lowest)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = torch.nn.functional.dropout(weights, p=dropout_p)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights

@@ -1,0 +1,167 @@
+"""patch, unpatch, patched: fastattn in a model that is in memory, and out of it again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from .. import dispatch
+from ..errors import BackendUnavailableError, InvalidArgumentError, UnsupportedModelError
+from . import packing
+from .families import EncoderFamily, Reads, find_family, forward_parameters, supported
+from .interface import NAME
+from .log import logger
+from .packing import Options
+
+Model = TypeVar("Model", bound=nn.Module)
+_RECORD = "_fastattn_patch"
+
+
+@dataclass
+class _Record:
+    """What patch did to one module. Lives on the module, so that copies of the model carry it along."""
+
+    options: Options
+    handles: list[RemovableHandle]
+    is_base: bool
+    attn_implementation: str | None = None  # of the base's config before patch
+
+
+def patch(model: Model, *, padding_free: bool | str = "auto", backend: str = "auto") -> Model:
+    """Compute a transformers model's attention in fastattn, without padding where possible. In place.
+
+    Works on bare models, models with a head, modules that contain them, and peft models (before or after
+    get_peft_model). Logits, losses and gradients stay those of the unpatched model; a padded position's own
+    hidden state comes back as zeros. state_dict and save_pretrained are not affected.
+
+    Args:
+        model: holds one or more transformers models of a supported family.
+        padding_free: "auto" leaves padding out of every batch where that changes nothing that is read, and
+            logs once why it could not; True raises UnsupportedError where it cannot; False never does.
+        backend: as in `fastattn.attention`.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        UnsupportedModelError: nothing in it is of a supported family, part of it is not, or it is not built
+        as expected.
+        InvalidArgumentError: a malformed option, or the model is patched already with other options.
+        BackendUnavailableError: the backend named is not on this machine.
+    """
+    options = _check_options(padding_free, backend)
+    sites = _find(model)
+    for module, _, _ in sites:
+        record = getattr(module, _RECORD, None)
+        if record is not None and record.options != options:
+            raise InvalidArgumentError(
+                "model", f"patched with {record.options}", "unpatch(model) before other options"
+            )
+    for module, family, reads in sites:
+        if getattr(module, _RECORD, None) is None:
+            _patch_base(module, family, options) if reads is None else _patch_head(module, reads, options)
+    return model
+
+
+def unpatch(model: Model) -> Model:
+    """Take patch back: the model is as it was. Does nothing to a model that is not patched."""
+    for module in model.modules():
+        record = module.__dict__.get(_RECORD)
+        if record is None:
+            continue
+        for handle in record.handles:
+            handle.remove()
+        # Whoever chose another implementation since patch keeps it.
+        if record.is_base and module.config._attn_implementation == NAME:
+            module.config._attn_implementation_internal = record.attn_implementation
+        delattr(module, _RECORD)
+    return model
+
+
+@contextmanager
+def patched(model: Model, *, padding_free: bool | str = "auto", backend: str = "auto") -> Iterator[Model]:
+    """`with patched(model):` is patch, and unpatch at the end unless the model came patched."""
+    came_patched = any(_RECORD in module.__dict__ for module in model.modules())
+    try:
+        yield patch(model, padding_free=padding_free, backend=backend)
+    finally:
+        if not came_patched:
+            unpatch(model)
+
+
+def _check_options(padding_free: bool | str, backend: str) -> Options:
+    if padding_free not in (True, False, "auto"):
+        raise InvalidArgumentError("padding_free", repr(padding_free), "True, False or 'auto'")
+    dispatch.check_name(backend)
+    if backend not in ("auto", "reference") and isinstance(reason := dispatch.load(backend), str):
+        raise BackendUnavailableError(backend, reason)
+    return Options(padding_free, backend)
+
+
+def _find(model: nn.Module) -> list[tuple[PreTrainedModel, EncoderFamily, Reads | None]]:
+    """Every place to patch: bare models (reads None) and models with a head. Nothing has been touched yet."""
+    if not isinstance(model, nn.Module):
+        raise InvalidArgumentError("model", f"a {type(model).__name__}", "a torch.nn.Module")
+    sites, unknown = [], []
+    for path, module in model.named_modules():
+        if not isinstance(module, PreTrainedModel):
+            continue
+        family = find_family(module.config.model_type)
+        if family is None:
+            unknown.append(f"{path or 'the model'} ({type(module).__name__}, {module.config.model_type!r})")
+        elif any(cls.__name__ == family.base for cls in type(module).__mro__):
+            family.check(module)
+            sites.append((module, family, None))
+        else:
+            reads = family.reads(module)
+            if reads is not None:
+                if forward_parameters(module)[-1] != "**":
+                    raise UnsupportedModelError(
+                        f"{type(module).__name__}.forward takes no **kwargs to pass on"
+                    )
+                sites.append((module, family, reads))
+    if unknown or not any(reads is None for _, _, reads in sites):
+        found = "; ".join(unknown) or "no transformers model"
+        would = ", ".join(type(module).__name__ for module, _, _ in sites) or "nothing"
+        raise UnsupportedModelError(
+            f"patch does not know {found} in this {type(model).__name__} (it would patch: {would}). "
+            f"Supported model types: {', '.join(supported())}"
+        )
+    return sites
+
+
+def _patch_base(model: PreTrainedModel, family: EncoderFamily, options: Options) -> None:
+    encoder = getattr(model, family.encoder)
+    handles = [
+        model.register_forward_pre_hook(packing.EnterModel(options), with_kwargs=True),
+        model.register_forward_hook(packing.LeaveModel(), with_kwargs=True),
+        encoder.register_forward_pre_hook(packing.EnterEncoder(), with_kwargs=True),
+        encoder.register_forward_hook(packing.LeaveEncoder(family), with_kwargs=True),
+    ]
+    before = model.config._attn_implementation
+    # The internal attribute, as set_attn_implementation does: sub-configs are models of their own.
+    model.config._attn_implementation_internal = NAME
+    setattr(model, _RECORD, _Record(options, handles, True, before))
+    logger.info(
+        "patched %s: %d %s layers, backend %s, padding_free %s (padded positions come back as zeros)",
+        type(model).__name__,
+        family.num_layers(encoder),
+        type(encoder).__name__,
+        options.backend,
+        options.padding_free,
+    )
+
+
+def _patch_head(model: PreTrainedModel, reads: Reads, options: Options) -> None:
+    handles = [
+        model.register_forward_pre_hook(packing.EnterHead(options, reads), with_kwargs=True),
+        model.register_forward_hook(packing.LeaveHead(), with_kwargs=True),
+    ]
+    setattr(model, _RECORD, _Record(options, handles, False))
+    logger.info("patched %s, which reads %s", type(model).__name__, reads.value)

@@ -1,0 +1,143 @@
+// Forward and backward against the fp64 reference: every output between guard pages and poisoned
+// before the call, every input read-only during it.
+#include <cmath>
+
+#include "check.h"
+#include "reference.h"
+
+using namespace fastattn_test;
+
+int random_cases = 150;  // set by main from FASTATTN_TEST_CASES
+
+namespace {
+
+// Differences allowed, relative to the largest element of the result: the rounding of the result itself, and
+// that of the probabilities that a 16-bit product takes in.
+double tolerance(int dtype) { return dtype == FASTATTN_F32 ? 3e-5 : dtype == FASTATTN_F16 ? 4e-3 : 3e-2; }
+
+void expect_close(const char* name, const Array& got, const std::vector<double>& expected, double relative) {
+  const Difference difference = compare(got, expected);
+  const double allowed = relative * std::max(difference.scale, 0.1);
+  CHECK(difference.largest <= allowed, "%s is off by %g, allowed %g (largest value %g)", name,
+        difference.largest, allowed, difference.scale);
+  const int64_t touched = got.touched_gaps();
+  CHECK(touched == 0, "%s: %lld elements between its rows were written", name,
+        static_cast<long long>(touched));
+}
+
+void check_case(const Case& c) {
+  for (Edge edge : {Edge::kBack, Edge::kFront}) {
+    say_current("%s edge=%s", c.describe().c_str(), edge == Edge::kBack ? "back" : "front");
+    Instance x(c, edge);
+    fastattn_status status = x.forward(2);
+    CHECK(status == FASTATTN_OK, "forward: status %d, %s", status, fastattn_last_error());
+    if (status != FASTATTN_OK) return;
+    Reference reference(x);
+    expect_close("out", x.out, reference.out, tolerance(c.dtype));
+    expect_close("lse", x.lse, reference.lse, 3e-5);
+
+    status = x.backward(2);
+    CHECK(status == FASTATTN_OK, "backward: status %d, %s", status, fastattn_last_error());
+    if (status != FASTATTN_OK) return;
+    reference.compute_backward();
+    const double relative = 2 * tolerance(c.dtype);
+    if (c.want_dq) expect_close("dq", x.dq, reference.dq, relative);
+    if (c.want_dk) expect_close("dk", x.dk, reference.dk, relative);
+    if (c.want_dv) expect_close("dv", x.dv, reference.dv, relative);
+    if (c.want_dbias && x.dbias.exists()) expect_close("dbias", x.dbias, reference.dbias, relative);
+    if (c.want_drelative && x.drelative_bias.exists())
+      expect_close("drelative_bias", x.drelative_bias, reference.drelative_bias, relative);
+  }
+}
+
+TEST(plain_shapes_in_every_dtype) {
+  for (int dtype : {FASTATTN_F32, FASTATTN_F16, FASTATTN_BF16})
+    for (int64_t n : {1, 5, 32, 63, 64, 65, 130})
+      for (int64_t d : {32, 64}) {
+        Case c;
+        c.dtype = dtype;
+        c.seqlen_q = c.seqlen_k = n;
+        c.head_dim = c.head_dim_v = d;
+        c.softmax_scale = static_cast<float>(1 / std::sqrt(static_cast<double>(d)));
+        check_case(c);
+      }
+}
+
+TEST(random_problems_with_every_feature) {
+  Random random(20240229);
+  for (int i = 0; i < random_cases; ++i) check_case(random_case(random));
+}
+
+TEST(decode_one_query_many_keys) {
+  for (int dtype : {FASTATTN_F32, FASTATTN_BF16})
+    for (bool causal : {false, true}) {
+      Case c;
+      c.dtype = dtype;
+      c.batch = 1, c.num_heads = 4, c.num_kv_heads = 1;
+      c.seqlen_q = 1, c.seqlen_k = 1025;
+      c.head_dim = c.head_dim_v = 64;
+      c.causal = causal;
+      check_case(c);
+    }
+}
+
+TEST(empty_sequences_and_no_keys) {
+  for (int64_t nq : {0, 3})
+    for (int64_t nk : {0, 3}) {
+      Case c;
+      c.seqlen_q = nq, c.seqlen_k = nk;
+      check_case(c);
+      c.lengths_q = {0, nq}, c.lengths_k = {nk, 0};
+      check_case(c);
+    }
+  Case none;
+  none.batch = 0;
+  check_case(none);
+}
+
+TEST(huge_scores_neither_overflow_nor_become_nan) {
+  for (int dtype : {FASTATTN_F32, FASTATTN_BF16}) {
+    Case c;
+    c.dtype = dtype;
+    c.seqlen_q = 33, c.seqlen_k = 70;
+    c.deviation = 30;
+    c.softmax_scale = 4;  // scores of some thousands: each row is all but one-hot
+    Instance x(c, Edge::kBack);
+    say_current("%s", c.describe().c_str());
+    CHECK(x.forward(1) == FASTATTN_OK && x.backward(1) == FASTATTN_OK, "%s", fastattn_last_error());
+    for (const Array* array : {&x.out, &x.lse, &x.dq, &x.dk, &x.dv})
+      array->for_each([&](int64_t a, int64_t b, int64_t n, int64_t d) {
+        CHECK(std::isfinite(array->get(a, b, n, d)), "not finite at (%d, %d, %d, %d)", int(a), int(b), int(n),
+              int(d));
+      });
+  }
+}
+
+TEST(lse_is_optional) {
+  Case c;
+  Instance with(c, Edge::kBack), without(c, Edge::kBack);
+  without.result.lse = nullptr;
+  say_current("%s", c.describe().c_str());
+  CHECK(with.forward(1) == FASTATTN_OK && without.forward(1) == FASTATTN_OK, "%s", fastattn_last_error());
+  CHECK(memcmp(with.out.data(), without.out.data(), with.out.memory_bytes()) == 0, "out depends on lse");
+}
+
+TEST(dropout_mask_is_the_documented_function) {
+  const int64_t batch = 2, heads = 3, nq = 5, nk = 300;
+  for (float p : {0.0f, 0.1f, 0.5f, 0.9f})
+    for (uint64_t seed : {uint64_t{0}, uint64_t{1} << 32, uint64_t{0x123456789abcdef0}}) {
+      say_current("p=%g seed=%llu", p, static_cast<unsigned long long>(seed));
+      GuardedMemory keep(static_cast<size_t>(batch * heads * nq * nk), Edge::kBack);
+      const fastattn_status status = fastattn_cpu_dropout_mask(seed, p, batch, heads, nq, nk, keep.data());
+      CHECK(status == FASTATTN_OK, "%s", fastattn_last_error());
+      int64_t wrong = 0, at = 0;
+      for (int64_t b = 0; b < batch; ++b)
+        for (int64_t h = 0; h < heads; ++h)
+          for (int64_t i = 0; i < nq; ++i)
+            for (int64_t j = 0; j < nk; ++j, ++at)
+              wrong += keep.data()[at] != (keeps(seed, p, b, h, i, j) ? 1 : 0);
+      CHECK(wrong == 0, "%lld of %lld weights", static_cast<long long>(wrong), static_cast<long long>(at));
+    }
+}
+
+}  // namespace

@@ -9,7 +9,7 @@ from .backends import Backend
 from .errors import BackendUnavailableError, InvalidArgumentError, UnsupportedError
 from .problem import AttentionProblem
 
-# In the order "auto" tries them, fastest first, each with the device it is for: none for another is even imported.
+# In the order "auto" tries them, fastest first, each with the device it is for; no other is imported.
 _DEVICE_OF = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}
 BACKEND_NAMES = ("auto", *_DEVICE_OF, "reference")
 

@@ -11,6 +11,7 @@ so whether a weight is dropped is a function of (seed, b, h, i, j) alone.
 
 from __future__ import annotations
 
+import ctypes
 import math
 
 import torch
@@ -23,8 +24,11 @@ _WORD = 0xFFFFFFFF
 
 
 def drop_threshold(dropout_p: float) -> int:
-    """round(dropout_p * 65536), halves up: a weight is dropped when its 16 random bits lie below this."""
-    return math.floor(dropout_p * 65536.0 + 0.5)
+    """round(dropout_p * 65536), halves up: a weight is dropped when its 16 random bits lie below this.
+
+    The probability is rounded to float32 first, as it crosses the C ABI.
+    """
+    return math.floor(ctypes.c_float(dropout_p).value * 65536.0 + 0.5)
 
 
 def keep_scale(dropout_p: float) -> float:

@@ -7,6 +7,7 @@ the object itself.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -77,6 +78,7 @@ class AttentionProblem:
 
     has_key_mask: bool
     bias_shape: tuple[int, int, int, int] | None
+    bias_dtype: torch.dtype | None
     has_relative_bias: bool
     alibi_shape: tuple[int, ...] | None
     need_grad: bool  # whether a backward pass will follow
@@ -86,7 +88,7 @@ _described: dict[tuple, AttentionProblem] = {}
 
 
 def describe(inputs: AttentionInputs, options: tuple, need_grad: bool) -> AttentionProblem:
-    """The validated problem of these tensors and AttentionOptions; raises InvalidArgumentError. Remembered."""
+    """The validated problem of tensors and AttentionOptions; raises InvalidArgumentError. Remembered."""
     key = (need_grad, options, *((t.shape, t.dtype, t.device) if t is not None else None for t in inputs))
     problem = _described.get(key)
     if problem is None:
@@ -133,6 +135,7 @@ def validate(inputs: AttentionInputs, options: AttentionOptions, need_grad: bool
         dropout_p=options.dropout_p,
         has_key_mask=inputs.key_mask is not None,
         bias_shape=None if bias is None else tuple(bias.shape),
+        bias_dtype=None if bias is None else bias.dtype,
         has_relative_bias=inputs.relative_bias is not None,
         alibi_shape=None if alibi_slopes is None else tuple(alibi_slopes.shape),
         need_grad=need_grad,
@@ -269,3 +272,17 @@ def _check_dropout(dropout_p: float, seed: Tensor | None) -> None:
     if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1):
         value = f"{seed.dtype} of shape {tuple(seed.shape)}"
         raise InvalidArgumentError("seed", value, "an int, or one torch.int64 element")
+
+
+def check_offsets(name: str, offsets: Tensor, total: int, longest: int) -> list[int]:
+    """The offsets as integers; they must ascend within 0..total, in steps of at most `longest`."""
+    values = offsets.tolist()
+    ascending = all(a <= b for a, b in itertools.pairwise(values))
+    if not ascending or values[0] < 0 or values[-1] > total:
+        raise InvalidArgumentError(name, values, f"ascending offsets within 0..{total}")
+    longest_found = max((b - a for a, b in itertools.pairwise(values)), default=0)
+    if longest_found > longest:
+        raise InvalidArgumentError(
+            name.replace("cu_seqlens", "max_seqlen"), longest, f"at least {longest_found}"
+        )
+    return values

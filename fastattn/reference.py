@@ -10,15 +10,13 @@ Nothing falls back to it: it runs only when a caller asks for `backend="referenc
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import torch
 from torch import Tensor
 
 from . import philox
-from .errors import InvalidArgumentError
-from .problem import AttentionInputs, AttentionProblem
+from .problem import AttentionInputs, AttentionProblem, check_offsets
 
 
 def attention(
@@ -154,17 +152,3 @@ def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     total = torch.where(empty, 1.0, total)
     lse = torch.where(empty, -math.inf, peak + total.log())
     return weights / total, lse[..., 0]
-
-
-def check_offsets(name: str, offsets: Tensor, total: int, longest: int) -> list[int]:
-    """The offsets as integers; they must ascend within 0..total, in steps of at most `longest`."""
-    values = offsets.tolist()
-    ascending = all(a <= b for a, b in itertools.pairwise(values))
-    if not ascending or values[0] < 0 or values[-1] > total:
-        raise InvalidArgumentError(name, values, f"ascending offsets within 0..{total}")
-    longest_found = max((b - a for a, b in itertools.pairwise(values)), default=0)
-    if longest_found > longest:
-        raise InvalidArgumentError(
-            name.replace("cu_seqlens", "max_seqlen"), longest, f"at least {longest_found}"
-        )
-    return values

@@ -1,15 +1,121 @@
-"""Turns a problem into the structs of csrc/fastattn.h and calls the library."""
+"""The CPU backend: a problem becomes the structs of csrc/fastattn.h, the library does the rest."""
 
 from __future__ import annotations
 
+import ctypes
+
+import torch
+from torch import Tensor
+
+from ...errors import FastattnError, UnsupportedError
+from ...problem import AttentionInputs, AttentionProblem, check_offsets
+from .. import Gradients
+from . import abi
+from .library import LibraryMissingError, open_library, torch_parallel_for
+
+_CACHE_SIZE = 4096
+
 
 class CpuBackend:
-    """Not loaded yet: see `status`."""
+    """Loads libfastattn_cpu when first asked for; starts no thread of its own while torch lends its pool."""
 
     name = "cpu"
 
+    def __init__(self) -> None:
+        self._library: ctypes.CDLL | None = None
+        self._unavailable: str | None = None
+        self._parallel_for = 0
+        self._fixed_parts: dict[AttentionProblem, bytes] = {}
+        self._executors: dict[int, bytes] = {}
+
     def status(self) -> str | None:
-        return "its native library is not built yet"
+        if self._library is None and self._unavailable is None:
+            try:
+                self._library = open_library()
+                self._parallel_for = torch_parallel_for()
+            except LibraryMissingError as error:
+                self._unavailable = str(error)
+        return self._unavailable
+
+    def supports(self, problem: AttentionProblem) -> str | None:
+        if problem.device.type != "cpu":
+            return f"for tensors on the CPU, these are on {problem.device}"
+        if problem.dtype not in abi.DTYPES:
+            return f"computes float32, bfloat16 and float16, not {problem.dtype}"
+        if problem.bias_dtype not in (None, *abi.DTYPES):
+            return f"takes a bias in float32, bfloat16 or float16, not {problem.bias_dtype}"
+        return None
+
+    def kernel(self, problem: AttentionProblem) -> str:
+        return self.isa()
+
+    def isa(self) -> str:
+        """The instruction set in use."""
+        return self._library.fastattn_cpu_isa().decode()
+
+    def isas(self) -> list[str]:
+        """Every instruction set that this library has and this machine runs."""
+        return self._library.fastattn_cpu_isas().decode().split(",")
+
+    def forward(
+        self, problem: AttentionProblem, inputs: AttentionInputs, out: Tensor, lse: Tensor | None
+    ) -> None:
+        status = self._library.fastattn_cpu_forward(
+            self._problem(problem, inputs), abi.forward_struct(out, lse), self._executor()
+        )
+        if status != abi.STATUS_OK:
+            self._raise(status, problem, inputs)
+
+    def backward(
+        self,
+        problem: AttentionProblem,
+        inputs: AttentionInputs,
+        out: Tensor,
+        lse: Tensor,
+        dout: Tensor,
+        dlse: Tensor | None,
+        gradients: Gradients,
+    ) -> None:
+        io = abi.backward_struct(out, dout, lse, dlse, gradients)
+        status = self._library.fastattn_cpu_backward(self._problem(problem, inputs), io, self._executor())
+        if status != abi.STATUS_OK:
+            self._raise(status, problem, inputs)
+
+    def dropout_mask(self, seed: int, dropout_p: float, shape: tuple[int, int, int, int]) -> Tensor:
+        """What the library keeps under dropout: bool (batch, num_heads, seqlen_q, seqlen_k)."""
+        keep = torch.empty(shape, dtype=torch.uint8)
+        status = self._library.fastattn_cpu_dropout_mask(seed, dropout_p, *shape, keep.data_ptr())
+        if status != abi.STATUS_OK:
+            raise FastattnError(self._library.fastattn_last_error().decode())
+        return keep.bool()
+
+    def _problem(self, problem: AttentionProblem, inputs: AttentionInputs) -> bytes:
+        fixed = self._fixed_parts.get(problem)
+        if fixed is None:
+            fixed = abi.fixed_part(problem)
+            if len(self._fixed_parts) >= _CACHE_SIZE:
+                self._fixed_parts.clear()
+            self._fixed_parts[problem] = fixed
+        return abi.problem_struct(fixed, problem, inputs)
+
+    def _executor(self) -> bytes:
+        num_threads = torch.get_num_threads()
+        executor = self._executors.get(num_threads)
+        if executor is None:
+            executor = self._executors[num_threads] = abi.executor_struct(self._parallel_for, num_threads)
+        return executor
+
+    def _raise(self, status: int, problem: AttentionProblem, inputs: AttentionInputs) -> None:
+        """The library's refusal as an exception. What Python can't see beforehand is the offsets' values."""
+        message = self._library.fastattn_last_error().decode()
+        if status == abi.STATUS_INVALID_ARGUMENT and problem.packed:
+            check_offsets("cu_seqlens_q", inputs.cu_seqlens_q, problem.total_q, problem.seqlen_q)
+            check_offsets("cu_seqlens_k", inputs.cu_seqlens_k, problem.total_k, problem.seqlen_k)
+        if status == abi.STATUS_UNSUPPORTED:
+            raise UnsupportedError("the CPU library cannot compute this problem", {"cpu": message})
+        if status == abi.STATUS_OUT_OF_MEMORY:
+            raise MemoryError(message)
+        raise FastattnError(f"the CPU library failed with status {status}: {message}")
 
 
 backend = CpuBackend()

@@ -1,0 +1,151 @@
+"""The structs of csrc/fastattn.h as bytes.
+
+The library only reads them, so a call packs its numbers straight into the bytes that it passes: an order of
+magnitude cheaper than filling ctypes structures field by field, and a small problem takes as long as such
+things do.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from torch import Tensor
+
+from ...problem import AttentionInputs, AttentionProblem
+
+ABI_VERSION = 1
+STATUS_OK, STATUS_INVALID_ARGUMENT, STATUS_UNSUPPORTED, STATUS_OUT_OF_MEMORY, STATUS_DEVICE_ERROR = range(5)
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+# Native byte order and alignment; i int32, I uint32, q int64, Q uint64 or a pointer, f float.
+_TENSOR = "Qqqq"  # data, stride_b, stride_h, stride_n
+_BIAS = "Qqqqq"  # data, stride_b, stride_h, stride_q, stride_k
+_PROBLEM_FIXED = (
+    "Ii"  # struct_size, dtype
+    "qqqqqqq"  # batch, num_heads, num_kv_heads, seqlen_q, seqlen_k, head_dim, head_dim_v
+    "fffi"  # softmax_scale, softcap, dropout_p, causal
+    "qq"  # window_left, window_right
+)
+_PROBLEM_OF_CALL = (
+    "Q"  # dropout_seed
+    "QQqq"  # cu_seqlens_q, cu_seqlens_k, total_q, total_k
+    "Qq"  # key_mask, key_mask_stride_b
+    f"{_BIAS}ii"  # bias, bias_dtype, reserved0
+    "Qq"  # relative_bias, relative_bias_stride_h
+    "Qqq"  # alibi_slopes, alibi_stride_b, alibi_stride_h
+    f"{_TENSOR * 3}"  # q, k, v
+)
+_FORWARD = struct.Struct(f"@II{_TENSOR}Qqq")  # struct_size, reserved0, out, lse with strides
+_BACKWARD = struct.Struct(
+    "@II"  # struct_size, reserved0
+    f"{_TENSOR * 2}"  # out, dout
+    "QqqQqq"  # lse with strides, dlse with strides
+    f"{_TENSOR * 3}"  # dq, dk, dv
+    f"{_BIAS}"  # dbias
+    "Qq"  # drelative_bias, drelative_bias_stride_h
+)
+_EXECUTOR = struct.Struct("@Qi4x")  # parallel_for, num_threads, padding
+_FIXED = struct.Struct("@" + _PROBLEM_FIXED)
+_OF_CALL = struct.Struct("@" + _PROBLEM_OF_CALL)
+PROBLEM_SIZE = struct.calcsize("@" + _PROBLEM_FIXED + _PROBLEM_OF_CALL)
+assert _FIXED.size + _OF_CALL.size == PROBLEM_SIZE, "the part of a problem that changes must begin aligned"
+
+_NO_TENSOR = (0, 0, 0, 0)
+_NO_BIAS = (0, 0, 0, 0, 0)
+
+
+def fixed_part(problem: AttentionProblem) -> bytes:
+    """The front of fastattn_problem: the same for every call of this problem."""
+    return _FIXED.pack(
+        PROBLEM_SIZE,
+        DTYPES[problem.dtype],
+        problem.batch,
+        problem.num_heads,
+        problem.num_kv_heads,
+        problem.seqlen_q,
+        problem.seqlen_k,
+        problem.head_dim,
+        problem.head_dim_v,
+        problem.softmax_scale,
+        problem.softcap,
+        problem.dropout_p,
+        problem.causal,
+        problem.window_left,
+        problem.window_right,
+    )
+
+
+def problem_struct(fixed: bytes, problem: AttentionProblem, inputs: AttentionInputs) -> bytes:
+    """fastattn_problem: `fixed` with the addresses and strides of this call."""
+    q, k, v, key_mask, bias, relative_bias, alibi_slopes, cu_seqlens_q, cu_seqlens_k, seed = inputs
+    return fixed + _OF_CALL.pack(
+        0 if seed is None else int(seed) & 0xFFFFFFFFFFFFFFFF,
+        0 if cu_seqlens_q is None else cu_seqlens_q.data_ptr(),
+        0 if cu_seqlens_k is None else cu_seqlens_k.data_ptr(),
+        problem.total_q,
+        problem.total_k,
+        0 if key_mask is None else key_mask.data_ptr(),
+        0 if key_mask is None else key_mask.stride(0),
+        *(_NO_BIAS if bias is None else _bias(bias)),
+        0 if bias is None else DTYPES[bias.dtype],
+        0,
+        0 if relative_bias is None else relative_bias.data_ptr(),
+        0 if relative_bias is None else relative_bias.stride(0),
+        0 if alibi_slopes is None else alibi_slopes.data_ptr(),
+        0 if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes.stride(0),
+        0 if alibi_slopes is None else alibi_slopes.stride(-1),
+        *_tensor(q),
+        *_tensor(k),
+        *_tensor(v),
+    )
+
+
+def forward_struct(out: Tensor, lse: Tensor | None) -> bytes:
+    """fastattn_forward_result."""
+    return _FORWARD.pack(_FORWARD.size, 0, *_tensor(out), *_row_statistics(lse))
+
+
+def backward_struct(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None, gradients) -> bytes:
+    """fastattn_backward_io."""
+    dq, dk, dv, dbias, drelative_bias = gradients
+    return _BACKWARD.pack(
+        _BACKWARD.size,
+        0,
+        *_tensor(out),
+        *_tensor(dout),
+        *_row_statistics(lse),
+        *_row_statistics(dlse),
+        *(_NO_TENSOR if dq is None else _tensor(dq)),
+        *(_NO_TENSOR if dk is None else _tensor(dk)),
+        *(_NO_TENSOR if dv is None else _tensor(dv)),
+        *(_NO_BIAS if dbias is None else _bias(dbias)),
+        0 if drelative_bias is None else drelative_bias.data_ptr(),
+        0 if drelative_bias is None else drelative_bias.stride(0),
+    )
+
+
+def executor_struct(parallel_for: int, num_threads: int) -> bytes:
+    """fastattn_executor; parallel_for is a function's address, 0 for the library's own pool."""
+    return _EXECUTOR.pack(parallel_for, num_threads)
+
+
+def _tensor(x: Tensor) -> tuple[int, int, int, int]:
+    strides = x.stride()
+    if len(strides) == 4:
+        return x.data_ptr(), strides[0], strides[1], strides[2]
+    return x.data_ptr(), 0, strides[1], strides[0]  # packed: (row, head, dim)
+
+
+def _bias(x: Tensor) -> tuple[int, int, int, int, int]:
+    """Stride 0 on the axes that broadcast."""
+    return x.data_ptr(), *(
+        0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)
+    )
+
+
+def _row_statistics(x: Tensor | None) -> tuple[int, int, int]:
+    """Address, batch and head stride of lse or dlse, which are contiguous."""
+    if x is None:
+        return 0, 0, 0
+    return x.data_ptr(), x.stride(0) if x.dim() == 3 else 0, x.stride(-2)

@@ -1,0 +1,1 @@
+"""The main job: fine-tune a frozen encoder on labelled text, and show what fastattn changed about it."""

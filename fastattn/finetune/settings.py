@@ -1,0 +1,74 @@
+"""Everything that decides what a run computes. Saved with it, so that --resume continues the same run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass
+
+from fastattn.finetune.errors import UserInputError
+
+__all__ = ["ARMS", "METHODS", "Settings", "check_method", "default_lr"]
+
+ARMS = ("fastattn", "sdpa", "eager")  # how attention is computed: patched, or one of transformers' own ways
+METHODS = "head, lora, bitfit, ln, last-N (last-2 trains the last two layers), full"
+NOT_YET = ("prefix", "prompt")
+WARM_UP = (
+    0.1  # share of the steps during which the learning rate rises; after it, it falls to zero, both linearly
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    model: str
+    task: str | None
+    data: str | None
+    test_data: str | None
+    text_column: str
+    label_column: str
+    data_dir: str | None
+    train: str
+    attention: str
+    dtype: str
+    epochs: int
+    steps: int | None  # given, it takes the place of epochs
+    batch_size: int
+    max_length: int | None  # None: the model's limit
+    lr: float
+    seed: int
+    compare: bool
+    compare_steps: int
+    test_texts: int | None  # None: the whole test set
+
+    def total_steps(self, training_texts: int) -> int:
+        return self.steps or self.epochs * math.ceil(training_texts / self.batch_size)
+
+    def learning_rate(self, step: int, total: int) -> float:
+        """For the step-th update, counted from 0."""
+        warm_up = max(1, round(total * WARM_UP))
+        return self.lr * min((step + 1) / warm_up, (total - step) / max(1, total - warm_up + 1))
+
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, saved: dict) -> Settings:
+        names = {field.name for field in dataclasses.fields(cls)}
+        if set(saved) != names:
+            raise UserInputError("the saved settings are of another version of fastattn; start the run anew")
+        return cls(**saved)
+
+
+def check_method(method: str) -> str:
+    """The method itself, or an error that lists what there is."""
+    if method in NOT_YET:
+        raise UserInputError(f"--train {method} is not there yet; there are {METHODS}")
+    if method in ("head", "lora", "bitfit", "ln", "full") or re.fullmatch(r"last-[1-9]\d*", method):
+        return method
+    raise UserInputError(f"--train {method} is none of {METHODS}")
+
+
+def default_lr(method: str) -> float:
+    """Few trained parameters bear, and in a short run need, a far larger rate than many."""
+    return {"head": 3e-3, "lora": 2e-3, "bitfit": 2e-3, "ln": 2e-3, "full": 5e-5}.get(method, 1e-4)

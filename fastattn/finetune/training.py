@@ -1,0 +1,171 @@
+"""One arm of a run: its model, optimizer and batches, a step at a time."""
+
+from __future__ import annotations
+
+import io
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastattn.finetune import encoding, files, measure
+from fastattn.finetune.errors import UserInputError
+from fastattn.finetune.model import build_model, load_tokenizer, save_model
+from fastattn.finetune.settings import Settings
+
+__all__ = ["AdamWithMasters", "Trainer"]
+
+EVALUATION_TOKENS = 8192  # in a batch, padding included; texts are sorted by length first
+CLIP = 1.0
+
+
+class AdamWithMasters:
+    """AdamW that keeps an fp32 copy of every trained parameter in fewer bits, rounded back after a step.
+
+    bfloat16 has 8 bits of mantissa: without the copies most small updates would round to nothing.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter]):
+        self.parameters = parameters
+        self.masters = {
+            name: p if p.dtype == torch.float32 else p.detach().float().requires_grad_(True)
+            for name, p in parameters.items()
+        }
+        self.optimizer = torch.optim.AdamW(self.masters.values(), weight_decay=0.01)
+
+    def zero_grad(self) -> None:
+        for p in self.parameters.values():
+            p.grad = None
+
+    def step(self, lr: float) -> None:
+        for name, p in self.parameters.items():
+            if self.masters[name] is not p:
+                self.masters[name].grad = None if p.grad is None else p.grad.float()
+        nn.utils.clip_grad_norm_(self.masters.values(), CLIP)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self._round_back()
+
+    def state(self) -> dict:
+        trained = {name: master.detach() for name, master in self.masters.items()}
+        return {"trained": trained, "optimizer": self.optimizer.state_dict()}
+
+    def load(self, state: dict) -> None:
+        if set(state["trained"]) != set(self.masters):
+            raise UserInputError("the checkpoint trains other parameters than this run")
+        with torch.no_grad():
+            for name, value in state["trained"].items():
+                self.masters[name].copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._round_back()
+
+    @torch.no_grad()
+    def _round_back(self) -> None:
+        for name, p in self.parameters.items():
+            if self.masters[name] is not p:
+                p.copy_(self.masters[name])
+
+
+class Trainer:
+    """Every method takes and gives plain JSON values, so that a Trainer serves as well behind a pipe."""
+
+    def __init__(self, settings: dict, label_names: list[str], attention: str, encoded: str):
+        self.settings = Settings.from_json(settings)
+        self.label_names = label_names
+        self.attention = attention
+        self.train, self.test = encoding.load_encoded(Path(encoded))
+        self.tokenizer = load_tokenizer(self.settings.model)
+        self.total = self.settings.total_steps(len(self.train))
+
+    def prepare(self, dropout: bool) -> dict:
+        """The model as it is before the first step, in train mode."""
+        self.model = self.optimizer = None
+        measure.reset_peak_rss()
+        pad_id = self.tokenizer.pad_token_id
+        self.model = build_model(self.settings, self.label_names, self.attention, dropout, pad_id).train()
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = AdamWithMasters(trained)
+        self.saved = measure.SavedBytes([*self.model.parameters(), *self.model.buffers()])
+        torch.manual_seed(self.settings.seed)
+        count = sum(p.numel() for p in trained.values())
+        return {
+            "trained_parameters": count,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "rss": measure.rss(),
+        }
+
+    def step(self, index: int) -> dict:
+        """The index-th update (from 0): its loss, seconds, tokens, bytes saved for backward, peak memory."""
+        rows = encoding.training_batch(len(self.train), self.settings.batch_size, self.settings.seed, index)
+        start = time.perf_counter()
+        inputs, labels = self._batch(self.train, rows)
+        self.optimizer.zero_grad()
+        with self.saved.counting():
+            logits = self.model(**inputs).logits
+            loss = nn.functional.cross_entropy(logits.float(), labels)
+        loss.backward()
+        self.optimizer.step(self.settings.learning_rate(index, self.total))
+        value = loss.item()
+        seconds = time.perf_counter() - start
+        if value != value or abs(value) == float("inf"):
+            raise UserInputError(
+                f"the loss became {value} at step {index + 1}; try a smaller --lr than {self.settings.lr}"
+            )
+        return {
+            "loss": value,
+            "seconds": seconds,
+            "tokens": int(inputs["attention_mask"].sum()),
+            "padded_tokens": inputs["input_ids"].numel(),
+            "saved_bytes": self.saved.bytes,
+            "peak_rss": measure.peak_rss(),
+        }
+
+    def evaluation_batches(self, count: int | None) -> int:
+        """Prepares the test texts (a stratified sample of `count`, or all); returns the number of batches."""
+        chosen = encoding.stratified_sample(self.test.labels, count)
+        by_length = chosen[self.test.lengths[chosen].argsort(kind="stable")]
+        self.evaluation, batch = [], []
+        for row in by_length:
+            if batch and (len(batch) + 1) * self.test.lengths[row] > EVALUATION_TOKENS:
+                self.evaluation.append(batch)
+                batch = []
+            batch.append(int(row))
+        self.evaluation.append(batch)
+        return len(self.evaluation)
+
+    @torch.no_grad()
+    def evaluate(self, batch: int) -> dict:
+        """Rows of the test set and, for each, the label found and its probability."""
+        self.model.eval()
+        rows = self.evaluation[batch]
+        inputs, _ = self._batch(self.test, rows)
+        probability, label = self.model(**inputs).logits.float().softmax(-1).max(-1)
+        return {"rows": rows, "labels": label.tolist(), "probabilities": probability.tolist()}
+
+    def save_checkpoint(self, path: str, step: int) -> None:
+        """Everything that the step-th update and those after it depend on."""
+        buffer = io.BytesIO()
+        torch.save({**self.optimizer.state(), "rng": torch.get_rng_state(), "step": step}, buffer)
+        files.write_bytes(Path(path), buffer.getvalue())
+
+    def load_checkpoint(self, path: str) -> int:
+        """Continues where `save_checkpoint` stood; returns the number of updates already made."""
+        try:
+            state = torch.load(path, weights_only=True)
+        except Exception as error:  # a cut or foreign file can fail in any way inside torch.load
+            raise UserInputError(f"the checkpoint {path} cannot be read") from error
+        self.optimizer.load(state)
+        torch.set_rng_state(state["rng"])
+        self.model.train()
+        return state["step"]
+
+    def save(self, directory: str) -> list[str]:
+        """`model/` (and `adapter/`) in `directory`; the trainer is done after it."""
+        written = save_model(self.model, self.tokenizer, Path(directory))
+        self.model = self.optimizer = None
+        return written
+
+    def _batch(self, part: encoding.Encoded, rows) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        return encoding.pad(part, rows, self.tokenizer.pad_token_id, self.tokenizer.padding_side)

@@ -9,7 +9,6 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 from setuptools import Command, Distribution, setup
@@ -50,7 +49,10 @@ class BuildNative(Command):
     """Compile csrc/ and put the libraries into the build tree, or in place (editable installs)."""
 
     description = "build the native libraries with CMake"
-    user_options = [("inplace", "i", "put the libraries into the source tree"), ("build-lib=", "b", "directory")]
+    user_options = [
+        ("inplace", "i", "put the libraries into the source tree"),
+        ("build-lib=", "b", "directory"),
+    ]
     boolean_options = ["inplace"]
 
     def initialize_options(self):
@@ -115,7 +117,6 @@ class NativeDistribution(Distribution):
         return not skip_native()
 
 
-if sys.version_info < (3, 10):
-    raise SystemExit("fastattn needs Python 3.10 or newer.")
-
-setup(distclass=NativeDistribution, cmdclass={"build": Build, "build_native": BuildNative, "bdist_wheel": Wheel})
+setup(
+    distclass=NativeDistribution, cmdclass={"build": Build, "build_native": BuildNative, "bdist_wheel": Wheel}
+)

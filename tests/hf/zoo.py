@@ -1,0 +1,121 @@
+"""Small seeded models and batches for the transformers tests, and how results are compared."""
+
+import copy
+
+import torch
+import transformers
+from torch import nn
+
+from fastattn import dispatch
+
+VOCAB = 99
+ENCODERS = ("bert", "roberta", "distilbert", "electra")
+HEADS = ("SequenceClassification", "TokenClassification", "MaskedLM")
+PADDINGS = ("none", "right", "left", "holes")
+
+_NAMES = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert", "electra": "Electra"}
+_SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+_DISTIL_NAMES = {
+    "hidden_size": "dim",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "intermediate_size": "hidden_dim",
+    "hidden_dropout_prob": "dropout",
+    "attention_probs_dropout_prob": "attention_dropout",
+}
+
+# What a user gets on a CPU; the oracle where the native library was not built.
+BACKEND = "reference" if isinstance(dispatch.load("cpu"), str) else "auto"
+
+
+def build(family: str, head: str = "SequenceClassification", seed: int = 0, **changes) -> nn.Module:
+    """A model of that family in eval mode, unpatched, with eager attention; `changes` go to its config."""
+    settings = {**_SIZES, "num_labels": 3, **changes}
+    if family == "distilbert":
+        settings = {_DISTIL_NAMES.get(name, name): value for name, value in settings.items()}
+        settings["seq_classif_dropout"] = 0.0
+    if family == "electra":
+        settings["embedding_size"] = 24
+    if family == "roberta":
+        settings["max_position_embeddings"] = 70
+    config = getattr(transformers, f"{_NAMES[family]}Config")(**settings)
+    config._attn_implementation = "eager"
+    torch.manual_seed(seed)
+    name = f"{_NAMES[family]}Model" if head == "Model" else f"{_NAMES[family]}For{head}"
+    model = getattr(transformers, name)(config).eval()
+    # The initial weights leave attention close to a mean; these make errors in it visible.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def batch(padding: str = "right", size: int = 5, length: int = 23, seed: int = 0) -> dict[str, torch.Tensor]:
+    """input_ids and attention_mask, with every sample's token count different."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, VOCAB, (size, length), generator=generator)
+    mask = torch.ones(size, length, dtype=torch.long)
+    for row in range(1, size):
+        missing = 1 + (row * 7) % (length - 1)
+        if padding == "right":
+            mask[row, length - missing :] = 0
+        elif padding == "left":
+            mask[row, :missing] = 0
+        elif padding == "holes":
+            mask[row, 1 + torch.randperm(length - 1, generator=generator)[:missing]] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def labels_for(head: str, inputs: dict[str, torch.Tensor], seed: int = 1) -> torch.Tensor:
+    """Labels such a head is trained with; padding has -100."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = inputs["attention_mask"]
+    if head == "SequenceClassification":
+        return torch.randint(0, 3, (len(mask),), generator=generator)
+    classes = VOCAB if head == "MaskedLM" else 3
+    return torch.randint(0, classes, mask.shape, generator=generator).masked_fill(mask == 0, -100)
+
+
+def run(model: nn.Module, inputs: dict, **options) -> dict[str, torch.Tensor]:
+    """Logits at real tokens, loss, and every gradient, by name."""
+    model.zero_grad(set_to_none=True)
+    out = model(**inputs, **options)
+    out.loss.backward()
+    logits = out.logits
+    if logits.dim() == 3:
+        logits = logits[inputs["attention_mask"].bool()]
+    result = {"logits": logits.detach(), "loss": out.loss.detach()}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            result[f"grad {name}"] = parameter.grad.clone()
+    return result
+
+
+def deviation(result: dict, expected: dict) -> dict[str, float]:
+    """Largest difference in logits, loss and gradients, each relative to the largest expected value.
+
+    Gradients share one scale: some are zero in exact arithmetic (of a key's bias), and rounding is all they hold.
+    """
+    assert result.keys() == expected.keys()
+    scale = max((value.abs().max().item() for name, value in expected.items() if name[:4] == "grad"), default=1.0)
+    worst = {"logits": 0.0, "loss": 0.0, "grad": 0.0}
+    for name, value in expected.items():
+        kind = name.split()[0]
+        difference = (result[name].float() - value.float()).abs().max().item()
+        assert difference == difference, f"{name} is not a number"
+        worst[kind] = max(worst[kind], difference / (scale if kind == "grad" else value.abs().max().item()))
+    return worst
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A copy that shares nothing."""
+    return copy.deepcopy(model)

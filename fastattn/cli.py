@@ -21,6 +21,7 @@ COMMANDS = {
         "fine-tune a model on labelled text and report what fastattn changed",
     ),
     "predict": ("fastattn.finetune.predict", "label texts with a fine-tuned model"),
+    "bench": ("fastattn.bench.command", "time the kernels against torch and the machine's peak"),
     "doctor": ("fastattn.doctor", "what this machine can do, and why it cannot do the rest"),
 }
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130

@@ -1,0 +1,148 @@
+"""`fastattn bench`."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+from fastattn.errors import InvalidArgumentError
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backend", default="cpu", help="of fastattn: cpu, cuda or triton (cpu)")
+    parser.add_argument(
+        "--dtype", nargs="+", default=["float32", "bfloat16"], metavar="T", help="(float32 bfloat16)"
+    )
+    parser.add_argument(
+        "--mask", nargs="+", default=["full", "causal", "padded"], metavar="M", help="(all three)"
+    )
+    parser.add_argument(
+        "--shape", nargs="+", metavar="B,H,N,D", help="problems to time (those of docs/benchmarking.md)"
+    )
+    parser.add_argument(
+        "--longest", type=int, metavar="N", help="leave out longer sequences of the built-in shapes"
+    )
+    parser.add_argument("--forward-only", action="store_true", help="leave the backward pass out")
+    parser.add_argument(
+        "--against", nargs="*", default=["sdpa", "eager", "flex"], metavar="PEER", help="(sdpa eager flex)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=1.5, metavar="S", help="about how long each cell takes (1.5)"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="(torch's own choice)")
+    parser.add_argument(
+        "--out", default="runs/bench", metavar="DIR", help="for CSV, JSON and plot (runs/bench)"
+    )
+
+
+def run(arguments: argparse.Namespace, argv: list[str]) -> int:
+    import torch
+
+    import fastattn
+    from fastattn.finetune.measure import machine, versions
+
+    from . import peak, report
+
+    if arguments.threads is not None:
+        if arguments.threads < 1:
+            raise InvalidArgumentError("--threads", arguments.threads, "a positive number")
+        torch.set_num_threads(arguments.threads)
+    contenders = [
+        "fastattn",
+        *(_known("--against", name, ("sdpa", "eager", "flex")) for name in arguments.against),
+    ]
+    cells = list(_cells(arguments))
+    device = "cpu" if arguments.backend in ("cpu", "reference") else "cuda"
+    one = torch.zeros(1, 1, 1, 8, device=device)
+    fastattn.attention(
+        one, one, one, backend=arguments.backend
+    )  # refuses here, with its reason, or not at all
+    isa = _isa(arguments.backend)
+    roof = peak.measure(isa, torch.get_num_threads())
+    print(_heading(machine(), roof))
+    folder = Path(arguments.out)
+    rows: list[dict] = []
+    context = {
+        "command": shlex.join(["fastattn", *argv]),
+        "machine": machine(),
+        "versions": versions(),
+        "peak": vars(roof),
+        "timing": "medians of interleaved rounds in one process; speedup = contender's time / fastattn's",
+    }
+    for cell in cells:
+        measured = _measure(cell, contenders, arguments, device, roof)
+        rows += measured
+        print(report.describe(cell, measured), flush=True)
+        report.write(folder, rows, context)  # after each cell: an interrupted run keeps what it has
+    report.plot(folder / "roofline.png", rows, cells, roof)
+    print(f"{folder}/results.csv, results.json, roofline.png")
+    return 0
+
+
+def _measure(cell, contenders: list[str], arguments: argparse.Namespace, device: str, roof) -> list[dict]:
+    from . import report
+    from .contenders import Refusal, make
+    from .grid import Inputs
+    from .timing import interleaved_medians
+
+    inputs = Inputs(cell, device)
+    steps, notes = {}, {}
+    for name in contenders:
+        try:
+            steps[name] = make(name, inputs, arguments.backend)
+        except Refusal as refusal:
+            notes[name] = str(refusal)
+    medians = interleaved_medians(steps, arguments.seconds)
+    ours = medians.get("fastattn")
+    return [report.row(cell, name, medians.get(name), ours, roof, notes.get(name, "")) for name in contenders]
+
+
+def _cells(arguments: argparse.Namespace) -> Iterator:
+    from .grid import DTYPES, MASKS, PASSES, SHAPES, Cell
+
+    shapes = [_shape(text) for text in arguments.shape or ()]
+    if not shapes:
+        shapes = [s for s in SHAPES if arguments.longest is None or s[2] <= arguments.longest]
+    dtypes = [_known("--dtype", name, DTYPES) for name in arguments.dtype]
+    masks = [_known("--mask", name, MASKS) for name in arguments.mask]
+    passes = PASSES[:1] if arguments.forward_only else PASSES
+    for shape, mask, direction, dtype in itertools.product(shapes, masks, passes, dtypes):
+        yield Cell(*shape, mask, dtype, direction)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    numbers = text.split(",")
+    if len(numbers) != 4 or not all(n.isdigit() and int(n) > 0 for n in numbers):
+        raise InvalidArgumentError("--shape", text, "batch,heads,length,head_dim, such as 8,12,512,64")
+    return tuple(map(int, numbers))
+
+
+def _known(argument: str, name: str, allowed) -> str:
+    if name not in allowed:
+        raise InvalidArgumentError(argument, name, ", ".join(allowed))
+    return name
+
+
+def _isa(backend: str) -> str:
+    if backend != "cpu":
+        return backend
+    from fastattn.backends.cpu.library import open_library
+
+    return open_library().fastattn_cpu_isa().decode()
+
+
+def _heading(machine: dict, roof) -> str:
+    if roof.float32 is None:
+        speed = f"peak not measured ({roof.reason})"
+    else:
+        speed = f"peak {roof.float32 / 1e9:.0f} GF/s fp32, {roof.bfloat16 / 1e9:.0f} GF/s bf16"
+    return (
+        f"{machine['cpu']}, {machine['threads']} threads, {roof.isa}: {speed}, "
+        f"copy {roof.copy_bytes / 1e9:.0f} GB/s.\n"
+        "Shares are of that peak; a peer's figure is its time over fastattn's."
+    )

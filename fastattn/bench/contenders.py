@@ -1,0 +1,119 @@
+"""fastattn and its peers, each a function of the same inputs; or the reason why it cannot take part."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+import fastattn
+
+from .grid import Inputs
+
+__all__ = ["CONTENDERS", "Refusal", "make"]
+
+LARGEST_EAGER_BYTES = 4 << 30  # of one matrix of scores; eager attention holds several
+
+
+class Refusal(Exception):
+    """A contender cannot compute this cell; the message says why."""
+
+
+def _fastattn(inputs: Inputs, backend: str) -> Callable[[], torch.Tensor]:
+    causal = inputs.cell.mask == "causal"
+    return lambda: fastattn.attention(
+        inputs.q, inputs.k, inputs.v, causal=causal, key_mask=inputs.key_mask, backend=backend
+    )
+
+
+def _sdpa(inputs: Inputs) -> Callable[[], torch.Tensor]:
+    mask = None if inputs.key_mask is None else inputs.key_mask[:, None, None, :]
+    causal = inputs.cell.mask == "causal"
+    return lambda: F.scaled_dot_product_attention(
+        inputs.q, inputs.k, inputs.v, attn_mask=mask, is_causal=causal
+    )
+
+
+def _eager(inputs: Inputs) -> Callable[[], torch.Tensor]:
+    """As transformers' eager attention: a matrix of scores, softmax in float32."""
+    batch, heads, length, head_dim = inputs.cell.shape
+    matrix = batch * heads * length**2 * 4
+    if matrix > LARGEST_EAGER_BYTES:
+        raise Refusal(f"its matrix of scores would have {matrix / 2**30:.0f} GiB")
+    mask = None
+    if inputs.cell.mask == "causal":
+        visible = torch.ones(length, length, dtype=torch.bool, device=inputs.q.device).tril()
+        mask = torch.zeros(length, length, device=inputs.q.device, dtype=inputs.q.dtype)
+        mask.masked_fill_(~visible, torch.finfo(inputs.q.dtype).min)
+    elif inputs.key_mask is not None:
+        mask = torch.zeros(batch, 1, 1, length, device=inputs.q.device, dtype=inputs.q.dtype)
+        mask.masked_fill_(~inputs.key_mask[:, None, None, :], torch.finfo(inputs.q.dtype).min)
+
+    def run() -> torch.Tensor:
+        scores = torch.matmul(inputs.q, inputs.k.transpose(2, 3)) / math.sqrt(head_dim)
+        if mask is not None:
+            scores = scores + mask
+        return torch.matmul(F.softmax(scores, dim=-1, dtype=torch.float32).to(inputs.q.dtype), inputs.v)
+
+    return run
+
+
+@functools.cache
+def _compiled_flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _flex(inputs: Inputs) -> Callable[[], torch.Tensor]:
+    if inputs.with_backward and inputs.q.device.type == "cpu":
+        raise Refusal("FlexAttention has no backward pass on CPUs")
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    batch, _, length, _ = inputs.cell.shape
+    mask_mod = None
+    if inputs.cell.mask == "causal":
+        mask_mod = _causal
+    elif inputs.key_mask is not None:
+        key_mask = inputs.key_mask
+
+        def mask_mod(b, h, i, j):
+            return key_mask[b, j]
+
+    blocks = None
+    if mask_mod is not None:
+        per_batch = batch if inputs.key_mask is not None else None
+        blocks = create_block_mask(mask_mod, per_batch, None, length, length, device=inputs.q.device)
+    torch._dynamo.reset()  # each shape is a program of its own
+    compiled = _compiled_flex()
+    return lambda: compiled(inputs.q, inputs.k, inputs.v, block_mask=blocks)
+
+
+def _causal(b, h, i, j):
+    return i >= j
+
+
+CONTENDERS = ("fastattn", "sdpa", "eager", "flex")
+
+
+def make(name: str, inputs: Inputs, backend: str) -> Callable[[], None]:
+    """One step of a contender on a cell: forward, and backward where the cell has it. Raises Refusal."""
+    build = {
+        "fastattn": functools.partial(_fastattn, backend=backend),
+        "sdpa": _sdpa,
+        "eager": _eager,
+        "flex": _flex,
+    }
+    forward = build[name](inputs)
+    if not inputs.with_backward:
+
+        def step() -> None:
+            with torch.no_grad():
+                forward()
+
+        return step
+    leaves = (inputs.q, inputs.k, inputs.v)
+    return lambda: torch.autograd.grad(forward(), leaves, inputs.dout) and None

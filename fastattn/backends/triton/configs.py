@@ -1,0 +1,140 @@
+"""Which tiles a kernel runs with: pure functions of the architecture and the shape of a head.
+
+Architectures are CUDA compute capabilities as integers (75, 80, …), AMD names ("gfx942"), or "interpreter". The
+reasons beside the entries are counts from compiled code (python -m fastattn.backends.triton.compile, and the model of
+docs/performance-gpu.md), not timings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Arch = int | str
+INTERPRETER = "interpreter"
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Query rows and keys of a tile, and how many warps and pipeline stages work on it."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    def options(self) -> dict[str, object]:
+        """Launch options. Contraction is pinned because its default changes between Triton releases."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
+    def __str__(self) -> str:
+        return f"{self.block_m}x{self.block_n}, {self.num_warps} warps, {self.num_stages} stages"
+
+
+# Small tiles let small tests meet many of them; one warp's size is the least tl.dot takes.
+_INTERPRETED = TileConfig(32, 32, 4, 1)
+
+
+def padded_dim(head_dim: int) -> int:
+    """The power of two that a head dimension is padded to inside a tile; 16 is the least tl.dot takes."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def forward_config(arch: Arch, head_dim: int, head_dim_v: int, itemsize: int) -> TileConfig:
+    """Tiles of the forward kernel."""
+    dim = padded_dim(max(head_dim, head_dim_v))
+    if arch == INTERPRETER:
+        return _INTERPRETED
+    if isinstance(arch, str):
+        return _amd_config(dim, itemsize)
+    if itemsize == 4:
+        return _fp32_config(dim)
+    if arch < 80:
+        # No asynchronous copies and 64 KiB of shared memory.
+        return TileConfig(64, 64 if dim <= 64 else 32, 4, 2)
+    if dim <= 64:
+        # 32 query rows a warp share each key fragment: fewer shared-memory loads for each matrix instruction.
+        return TileConfig(128, 64, 4, 3) if arch < 90 else TileConfig(128, 128, 8, 3)
+    if dim <= 128:
+        if arch in (90, 100):
+            return TileConfig(128, 128, 8, 3)  # 224 of 227 KiB of shared memory
+        return TileConfig(128, 64, 8, 3)  # 96 KiB: what an 86, 89 or 120 has is 99
+    return TileConfig(64, 64, 8, 2) if arch in (80, 90, 100) else TileConfig(64, 32, 4, 2)
+
+
+def dq_config(arch: Arch, head_dim: int, head_dim_v: int, itemsize: int) -> TileConfig:
+    """Tiles of the dq kernel, which holds a tile of q, dout and dq and streams k and v."""
+    dim = padded_dim(max(head_dim, head_dim_v))
+    if arch == INTERPRETER:
+        return _INTERPRETED
+    if isinstance(arch, str):
+        return _amd_config(dim, itemsize)
+    if itemsize == 4:
+        return _fp32_config(dim)
+    if arch < 80:
+        return TileConfig(64, 32, 4, 2)
+    if dim <= 64:
+        return TileConfig(64, 64, 4, 2)
+    if dim <= 128:
+        return TileConfig(64, 64, 8, 2)
+    return TileConfig(64, 32, 8, 2)
+
+
+def dkdv_config(arch: Arch, head_dim: int, head_dim_v: int, itemsize: int) -> TileConfig:
+    """Tiles of the dk/dv kernel, which holds a tile of k, v, dk and dv and streams q and dout."""
+    dim = padded_dim(max(head_dim, head_dim_v))
+    if arch == INTERPRETER:
+        return _INTERPRETED
+    if isinstance(arch, str):
+        return _amd_config(dim, itemsize)
+    if itemsize == 4:
+        return _fp32_config(dim)
+    if arch < 80:
+        return TileConfig(32, 64, 4, 2)
+    if dim <= 64:
+        return TileConfig(64, 64, 4, 2)
+    if dim <= 128:
+        return TileConfig(64, 64, 8, 2)
+    return TileConfig(32, 64, 8, 2)
+
+
+def bias_config(arch: Arch, head_dim: int, head_dim_v: int, itemsize: int) -> TileConfig:
+    """Tiles of the bias gradient: square, so that a diagonal of tiles holds whole diagonals of scores."""
+    if arch == INTERPRETER:
+        return _INTERPRETED
+    dim = padded_dim(max(head_dim, head_dim_v))
+    if itemsize == 4 or dim > 128 or (isinstance(arch, int) and arch < 80):
+        return TileConfig(32, 32, 4, 1)
+    return TileConfig(64, 64, 4, 1)
+
+
+def decode_config(arch: Arch, rows: int, head_dim: int, head_dim_v: int, itemsize: int) -> TileConfig:
+    """Tiles of a forward pass over few rows: the query rows of the heads that share a kv head."""
+    if arch == INTERPRETER:
+        return TileConfig(16, 32, 4, 1)
+    dim = padded_dim(max(head_dim, head_dim_v))
+    block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    # Reading the keys is all the work: stages to keep loads in flight.
+    return TileConfig(block_m, 64 if dim * itemsize <= 256 else 32, 4, 3 if dim * itemsize <= 256 else 2)
+
+
+FOLDED_ROWS = 64  # more rows than this fill a tile of one head well enough
+
+
+def decode_splits(tiles: int, seqlen_k: int, processors: int) -> int:
+    """Shares to split the keys into, so that `tiles` programs become enough for the processors: 1 is no split."""
+    wanted = 2 * processors // max(tiles, 1)
+    return max(1, min(wanted, seqlen_k // 256, 64))
+
+
+def _fp32_config(dim: int) -> TileConfig:
+    # IEEE float32 has no matrix unit; its products live in registers, which larger tiles would spill.
+    if dim <= 64:
+        return TileConfig(32, 32, 4, 2)
+    return TileConfig(16, 32, 4, 2) if dim <= 128 else TileConfig(16, 16, 4, 2)
+
+
+def _amd_config(dim: int, itemsize: int) -> TileConfig:
+    # 64 KiB of local memory on all three.
+    if itemsize == 4:
+        return TileConfig(32, 32, 4, 1)
+    return TileConfig(64, 32, 4, 1) if dim <= 128 else TileConfig(32, 32, 4, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from . import dispatch, ops, reference
 from .errors import InvalidArgumentError
-from .problem import AttentionInputs, describe
+from .problem import AttentionInputs, AttentionOptions, describe
 
 Window = tuple[int | None, int | None]
 
@@ -219,17 +220,32 @@ def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[
 def _attend(
     inputs, max_seqlen_q, max_seqlen_k, causal, scale, window, softcap, dropout_p, seed, return_lse, backend,
 ):  # fmt: skip
-    inputs, options = _normalise(
-        inputs, max_seqlen_q, max_seqlen_k, causal, scale, window, softcap, dropout_p, seed, backend
+    q = inputs.q
+    for tensor in inputs[:3]:
+        if not isinstance(tensor, Tensor):
+            raise InvalidArgumentError("q, k, v", f"a {type(tensor).__name__} among them", "torch.Tensor")
+    if inputs[3:] != _NO_OPTIONAL_TENSORS:
+        inputs = _check_optional(inputs)
+    if dropout_p:
+        inputs = inputs._replace(seed=_seed_tensor(seed, q, dropout_p))
+    remember = _options.__wrapped__ if torch.compiler.is_compiling() else _options
+    try:
+        options = remember(
+            q.shape[-1], causal, scale, window, softcap, dropout_p, max_seqlen_q, max_seqlen_k, backend
+        )
+    except TypeError:  # something in there can't be hashed: a list for the window, or a mistake
+        options = _options.__wrapped__(
+            q.shape[-1], causal, scale, window, softcap, dropout_p, max_seqlen_q, max_seqlen_k, backend
+        )
+    out, lse = (
+        _reference(inputs, options)
+        if backend == "reference"
+        else ops.attend(inputs, options, backend, return_lse)
     )
-    if backend == "reference":
-        out, lse = _reference(inputs, options)
-    else:
-        out, lse = ops.forward(*inputs, *options, backend, False, return_lse)
     return (out, lse) if return_lse else out
 
 
-def _reference(inputs: AttentionInputs, options: tuple) -> tuple[Tensor, Tensor]:
+def _reference(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     device_type = inputs.q.device.type
     if torch.is_autocast_enabled(device_type):
         inputs = AttentionInputs(*ops.cast_for_autocast(device_type, inputs[:3]), *inputs[3:])
@@ -237,25 +253,37 @@ def _reference(inputs: AttentionInputs, options: tuple) -> tuple[Tensor, Tensor]
         return reference.attention(describe(inputs, options, False), inputs)
 
 
-def _normalise(inputs, max_seqlen_q, max_seqlen_k, causal, scale, window, softcap, dropout_p, seed, backend):
-    """Every default filled in: the tensors and options as the op takes them."""
-    dispatch.check_name(backend)
-    q = inputs.q
+_NO_OPTIONAL_TENSORS = (None,) * (len(AttentionInputs._fields) - 3)
+
+
+def _check_optional(inputs: AttentionInputs) -> AttentionInputs:
+    """Everything beside q, k and v; bias with all of its four dimensions."""
     for name, tensor in zip(inputs._fields, inputs, strict=True):
-        if tensor is not None or name in ("q", "k", "v"):
+        if tensor is not None:
             _check_tensor(name, tensor)
     if inputs.alibi_slopes is not None:
         ops.check_alibi_slopes(inputs.alibi_slopes)
     if inputs.bias is not None and inputs.bias.dim() < 4:
         missing = 4 - inputs.bias.dim()
         inputs = inputs._replace(bias=inputs.bias[(None,) * missing])
-    if dropout_p:
-        inputs = inputs._replace(seed=_seed_tensor(seed, q, dropout_p))
+    return inputs
+
+
+@functools.lru_cache(maxsize=1024)
+def _options(head_dim, causal, scale, window, softcap, dropout_p, max_seqlen_q, max_seqlen_k, backend):
+    """Every default filled in."""
+    dispatch.check_name(backend)
     left, right = _window(window)
-    softmax_scale = q.shape[-1] ** -0.5 if scale is None else _number("scale", scale)
-    softcap = 0.0 if softcap is None else _number("softcap", softcap)
-    dropout_p = _number("dropout_p", dropout_p)
-    return inputs, (bool(causal), softmax_scale, left, right, softcap, dropout_p, max_seqlen_q, max_seqlen_k)
+    return AttentionOptions(
+        causal=bool(causal),
+        softmax_scale=head_dim**-0.5 if scale is None else _number("scale", scale),
+        window_left=left,
+        window_right=right,
+        softcap=0.0 if softcap is None else _number("softcap", softcap),
+        dropout_p=_number("dropout_p", dropout_p),
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+    )
 
 
 def _check_tensor(name: str, value) -> None:

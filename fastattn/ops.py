@@ -1,9 +1,13 @@
-"""The only torch.library registrations: fastattn::forward and fastattn::backward.
+"""The only torch.library registrations, fastattn::forward and fastattn::backward, and the way past them.
 
-A call passes the dispatcher's layers from the top: autocast casts q, k and v; autograd records what backward
-needs, and nothing when no gradient is wanted; the kernel layer describes the problem, allocates the results
-and lets a backend fill them. The fake kernels are the same with nobody filling. Low-level registrations,
-because `torch.library.custom_op` alone costs more than a small problem's arithmetic.
+A call through the dispatcher passes its layers from the top: autocast casts q, k and v; autograd records what
+backward needs, and nothing when no gradient is wanted; the kernel layer describes the problem, allocates the
+results and lets a backend fill them. The fake kernels are the same with nobody filling.
+
+Twenty arguments cost the dispatcher several microseconds, more than a small problem's arithmetic. So
+`attend`, which
+the public functions call, enters at the layer it needs when nothing could be watching the dispatcher: no
+compiler, no transform, no mode, no autocast, no profiler, no subclass.
 """
 
 from __future__ import annotations
@@ -43,7 +47,7 @@ _DIFFERENTIABLE = ("q", "k", "v", "bias", "relative_bias")  # the order of `need
 _DIFFERENTIABLE_AT = tuple(AttentionInputs._fields.index(name) for name in _DIFFERENTIABLE)
 
 
-# ---- what both layers of kernels allocate
+# ---- the kernel layer: what fills memory, and what only allocates it
 
 
 def _empty_like(x: Tensor, last_dim: int) -> Tensor:
@@ -51,6 +55,8 @@ def _empty_like(x: Tensor, last_dim: int) -> Tensor:
 
     The transposed view of a (B, N, H, D) projection thus gets an output whose transpose back is contiguous.
     """
+    if last_dim == x.shape[-1]:
+        return torch.empty_like(x)
     if x.dim() == 4 and x.stride(1) < x.stride(2):
         batch, heads, rows, _ = x.shape
         strides = (rows * heads * last_dim, last_dim, heads * last_dim, 1)
@@ -58,13 +64,20 @@ def _empty_like(x: Tensor, last_dim: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], last_dim))
 
 
-def _allocate_forward(problem: AttentionProblem, q: Tensor, need_lse: bool) -> tuple[Tensor, Tensor]:
-    out = _empty_like(q, problem.head_dim_v)
+def _allocate_forward(problem: AttentionProblem, q: Tensor, need_lse: bool) -> tuple[Tensor, Tensor | None]:
+    out = (
+        torch.empty_like(q) if problem.head_dim_v == problem.head_dim else _empty_like(q, problem.head_dim_v)
+    )
     if not need_lse:
-        return out, q.new_empty((0,), dtype=torch.float32)
-    rows = (problem.total_q,) if problem.packed else (problem.seqlen_q,)
-    leading = () if problem.packed else (problem.batch,)
-    return out, q.new_empty((*leading, problem.num_heads, *rows), dtype=torch.float32)
+        return out, None
+    # empty_strided is the cheapest of the factories that take a size.
+    heads = problem.num_heads
+    if problem.packed:
+        size, strides = (heads, problem.total_q), (problem.total_q, 1)
+    else:
+        rows = problem.seqlen_q
+        size, strides = (problem.batch, heads, rows), (heads * rows, rows, 1)
+    return out, torch.empty_strided(size, strides, dtype=torch.float32, device=q.device)
 
 
 def _allocate_backward(inputs: AttentionInputs, needs: list[bool]) -> Gradients:
@@ -88,9 +101,6 @@ def _in_dtype_of_inputs(inputs: AttentionInputs, gradients: Gradients) -> list[T
     return [gradient for gradient in results if gradient is not None]
 
 
-# ---- the kernel layer
-
-
 def _unit_last_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -101,95 +111,154 @@ def _fp32(x: Tensor | None) -> Tensor | None:
 
 def _for_backend(inputs: AttentionInputs) -> AttentionInputs:
     """The inputs as backends are promised them. Copies only what lies differently."""
-    q, k, v = inputs[:3]
-    if q.stride(-1) == k.stride(-1) == v.stride(-1) == 1 and inputs.key_mask is None is inputs.relative_bias:
-        return (
-            inputs
-            if inputs.alibi_slopes is None
-            else inputs._replace(alibi_slopes=_fp32(inputs.alibi_slopes))
-        )
-    key_mask = inputs.key_mask
-    return inputs._replace(
-        q=_unit_last_stride(q),
-        k=_unit_last_stride(k),
-        v=_unit_last_stride(v),
-        key_mask=None if key_mask is None else _unit_last_stride(key_mask),
-        relative_bias=_fp32(inputs.relative_bias),
-        alibi_slopes=_fp32(inputs.alibi_slopes),
-    )
+    q, k, v, key_mask, bias, relative_bias, alibi_slopes, *rest = inputs
+    if (
+        q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+        and key_mask is relative_bias is alibi_slopes is None
+    ):
+        return inputs
+    if key_mask is not None:
+        key_mask = _unit_last_stride(key_mask)
+    q, k, v = _unit_last_stride(q), _unit_last_stride(k), _unit_last_stride(v)
+    return AttentionInputs(q, k, v, key_mask, bias, _fp32(relative_bias), _fp32(alibi_slopes), *rest)
 
 
-def _forward_kernel(*args):
-    *problem_args, backend_name, need_grad, need_lse = args
-    inputs = AttentionInputs(*problem_args[:_NUM_TENSORS])
-    problem = describe(inputs, tuple(problem_args[_NUM_TENSORS:]), need_grad)
+def _compute_forward(
+    inputs: AttentionInputs, options: tuple, backend_name: str, need_grad: bool, need_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    problem = describe(inputs, options, need_grad)
     backend = dispatch.choose(problem, backend_name)
     inputs = _for_backend(inputs)
     out, lse = _allocate_forward(problem, inputs.q, need_lse)
-    backend.forward(problem, inputs, out, lse if need_lse else None)
+    backend.forward(problem, inputs, out, lse)
     return out, lse
 
 
-def _backward_kernel(dout, dlse, out, lse, needs, *args):
-    *problem_args, backend_name = args
-    inputs = AttentionInputs(*problem_args[:_NUM_TENSORS])
-    problem = describe(inputs, tuple(problem_args[_NUM_TENSORS:]), True)
+def _compute_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    needs: list[bool],
+    inputs: AttentionInputs,
+    options: tuple,
+    backend_name: str,
+) -> list[Tensor]:
+    problem = describe(inputs, options, True)
     backend = dispatch.choose(problem, backend_name)
-    gradients = _allocate_backward(inputs, needs)
+    ready = _for_backend(inputs)
+    gradients = _allocate_backward(ready, needs)
     dlse = None if dlse is None else dlse.contiguous()
-    backend.backward(
-        problem,
-        _for_backend(inputs),
-        _unit_last_stride(out),
-        lse.contiguous(),
-        _unit_last_stride(dout),
-        dlse,
-        gradients,
-    )
+    out, dout = _unit_last_stride(out), _unit_last_stride(dout)
+    backend.backward(problem, ready, out, lse.contiguous(), dout, dlse, gradients)
     return _in_dtype_of_inputs(inputs, gradients)
 
 
+def _no_lse(q: Tensor) -> Tensor:
+    """Stands for the lse that nobody asked for: an op must return a tensor."""
+    return q.new_empty((0,), dtype=torch.float32)
+
+
+def _forward_kernel(*args):
+    *args, backend_name, need_grad, need_lse = args
+    inputs, options = AttentionInputs(*args[:_NUM_TENSORS]), tuple(args[_NUM_TENSORS:])
+    out, lse = _compute_forward(inputs, options, backend_name, need_grad, need_lse)
+    return out, _no_lse(out) if lse is None else lse
+
+
+def _backward_kernel(dout, dlse, out, lse, needs, *args):
+    *args, backend_name = args
+    inputs, options = AttentionInputs(*args[:_NUM_TENSORS]), tuple(args[_NUM_TENSORS:])
+    return _compute_backward(dout, dlse, out, lse, needs, inputs, options, backend_name)
+
+
 def _forward_fake(*args):
-    *problem_args, _, need_grad, need_lse = args
-    inputs = AttentionInputs(*problem_args[:_NUM_TENSORS])
-    problem = validate(inputs, AttentionOptions(*problem_args[_NUM_TENSORS:]), need_grad)
-    return _allocate_forward(problem, _unit_last_stride(inputs.q), need_lse)
+    *args, _, need_grad, need_lse = args
+    inputs, options = AttentionInputs(*args[:_NUM_TENSORS]), AttentionOptions(*args[_NUM_TENSORS:])
+    problem = validate(inputs, options, need_grad)
+    out, lse = _allocate_forward(problem, _unit_last_stride(inputs.q), need_lse)
+    return out, _no_lse(out) if lse is None else lse
 
 
 def _backward_fake(dout, dlse, out, lse, needs, *args):
-    inputs = AttentionInputs(*args[:_NUM_TENSORS])
-    return _in_dtype_of_inputs(inputs, _allocate_backward(inputs, needs))
+    inputs = _for_backend(AttentionInputs(*args[:_NUM_TENSORS]))
+    return _in_dtype_of_inputs(AttentionInputs(*args[:_NUM_TENSORS]), _allocate_backward(inputs, needs))
 
 
 # ---- autograd
 
 
 class _Attention(torch.autograd.Function):
-    """Saves what shapes the scores, out and lse; backward asks for the gradients wanted and no other."""
+    """Saves what shapes the scores, out and lse; backward asks for the gradients wanted and no other.
+
+    Only what can have a gradient is an argument of its own: every further one costs time. `call` holds the
+    AttentionInputs, the options, the backend's name and the dispatcher's key set, which is None past the
+    dispatcher.
+    """
 
     @staticmethod
-    def forward(ctx, keyset, *args):
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse = forward.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+    def forward(ctx, q, k, v, bias, relative_bias, call):
+        inputs, options, backend_name, keyset = call
+        inputs = inputs._replace(q=q, k=k, v=v, bias=bias, relative_bias=relative_bias)
+        if keyset is None:
+            out, lse = _compute_forward(inputs, options, backend_name, True, True)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                keyset = keyset & torch._C._after_autograd_keyset
+                out, lse = forward.redispatch(keyset, *inputs, *options, backend_name, True, True)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(out, lse, *args[:_NUM_TENSORS])
-        ctx.options = args[_NUM_TENSORS : _NUM_TENSORS + _NUM_OPTIONS + 1]
+        ctx.save_for_backward(out, lse, *inputs)
+        ctx.options, ctx.backend_name = options, backend_name
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dout, dlse):
-        out, lse, *tensors = ctx.saved_tensors
-        if dout is None:
-            dout = torch.zeros_like(out)
-        wanted = ctx.needs_input_grad[1:]
-        needs = [wanted[at] for at in _DIFFERENTIABLE_AT]
-        computed = iter(backward(dout, dlse, out, lse, needs, *tensors, *ctx.options))
-        gradients = [None] * (1 + len(wanted))
-        for at, needed in zip(_DIFFERENTIABLE_AT, needs, strict=True):
-            if needed:
-                gradients[1 + at] = next(computed)
-        return tuple(gradients)
+        if torch.is_grad_enabled():  # create_graph=True
+            return _gradients_once(ctx, dout, dlse)
+        return _gradients(ctx, dout, dlse)
+
+
+def _gradients(ctx, dout, dlse):
+    out, lse, *tensors = ctx.saved_tensors
+    inputs = AttentionInputs(*tensors)
+    needs = list(ctx.needs_input_grad[:5])
+    if dout is None:
+        dout = torch.zeros_like(out)
+    if _unwatched(inputs) and _unwatched((dout, dlse)):
+        computed = _compute_backward(dout, dlse, out, lse, needs, inputs, ctx.options, ctx.backend_name)
+    else:
+        computed = backward(dout, dlse, out, lse, needs, *inputs, *ctx.options, ctx.backend_name)
+    computed = iter(computed)
+    return *(next(computed) if needed else None for needed in needs), None
+
+
+# Function.apply without the part in Python that cares for functorch's transforms.
+_apply_directly = super(torch.autograd.Function, _Attention).apply
+_gradients_once = once_differentiable(_gradients)
+
+
+def _differentiable(inputs) -> tuple:
+    return tuple(inputs[at] for at in _DIFFERENTIABLE_AT)
+
+
+def _needs_grad(inputs) -> bool:
+    q, k, v, _, bias, relative_bias = inputs[:6]
+    return (
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (relative_bias is not None and relative_bias.requires_grad)
+    )
+
+
+def _forward_autograd(keyset, *args):
+    if torch.is_grad_enabled() and _needs_grad(args):
+        *args, backend_name, _, _ = args
+        inputs, options = AttentionInputs(*args[:_NUM_TENSORS]), tuple(args[_NUM_TENSORS:])
+        return _Attention.apply(*_differentiable(inputs), (inputs, options, backend_name, keyset))
+    with torch._C._AutoDispatchBelowAutograd():
+        return forward.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
 def check_alibi_slopes(slopes: Tensor) -> None:
@@ -197,18 +266,6 @@ def check_alibi_slopes(slopes: Tensor) -> None:
     if slopes.requires_grad and torch.is_grad_enabled():
         allowed = "slopes that need no gradient: detach() them"
         raise InvalidArgumentError("alibi_slopes", "requires_grad=True", allowed)
-
-
-def _forward_autograd(keyset, *args):
-    alibi_slopes = args[6]
-    if torch.is_grad_enabled():
-        if alibi_slopes is not None:
-            check_alibi_slopes(alibi_slopes)
-        if any(args[at] is not None and args[at].requires_grad for at in _DIFFERENTIABLE_AT):
-            *rest, _, _ = args
-            return _Attention.apply(keyset, *rest, True, True)
-    with torch._C._AutoDispatchBelowAutograd():
-        return forward.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
 # ---- autocast
@@ -238,3 +295,37 @@ torch.library.register_fake("fastattn::backward", _backward_fake, lib=_library)
 _library.impl("forward", _forward_autograd, "Autograd", with_keyset=True)
 _library.impl("forward", _forward_autocast("cpu"), "AutocastCPU")
 _library.impl("forward", _forward_autocast("cuda"), "AutocastCUDA")
+
+
+# ---- past the dispatcher
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_WATCHERS = (
+    torch._C._len_torch_dispatch_stack,
+    torch._C._len_torch_function_stack,
+    torch._C._are_functorch_transforms_active,
+    torch._C._is_any_autocast_enabled,
+    torch._C._get_tracing_state,
+    torch.autograd._profiler_enabled,
+)
+
+
+def _unwatched(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether a call through the dispatcher would do nothing but arrive at the kernel."""
+    if torch.compiler.is_compiling():
+        return False
+    for watcher in _WATCHERS:
+        if watcher():
+            return False
+    return all(not (tensor is not None and type(tensor) not in _PLAIN_TYPES) for tensor in tensors)
+
+
+def attend(
+    inputs: AttentionInputs, options: tuple, backend_name: str, need_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(out, lse); lse means something only where need_lse."""
+    if not _unwatched(inputs):
+        return forward(*inputs, *options, backend_name, False, need_lse)
+    if torch.is_grad_enabled() and _needs_grad(inputs):
+        return _apply_directly(*_differentiable(inputs), (inputs, options, backend_name, None))
+    return _compute_forward(inputs, options, backend_name, False, need_lse)

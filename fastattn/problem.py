@@ -81,6 +81,7 @@ class AttentionProblem:
     bias_dtype: torch.dtype | None
     has_relative_bias: bool
     alibi_shape: tuple[int, ...] | None
+    has_optional_tensors: bool  # anything beside q, k and v
     need_grad: bool  # whether a backward pass will follow
 
 
@@ -88,8 +89,14 @@ _described: dict[tuple, AttentionProblem] = {}
 
 
 def describe(inputs: AttentionInputs, options: tuple, need_grad: bool) -> AttentionProblem:
-    """The validated problem of tensors and AttentionOptions; raises InvalidArgumentError. Remembered."""
-    key = (need_grad, options, *((t.shape, t.dtype, t.device) if t is not None else None for t in inputs))
+    """The validated problem of tensors and AttentionOptions, remembered; or InvalidArgumentError."""
+    q, k, v, a, b, c, d, e, f, g = inputs
+    key = (
+        need_grad, options,
+        q.shape, q.dtype, q.device, k.shape, k.dtype, k.device, v.shape, v.dtype, v.device,
+    )  # fmt: skip
+    if not (a is b is c is d is e is f is g is None):
+        key += tuple(None if t is None else (t.shape, t.dtype, t.device) for t in inputs[3:])
     problem = _described.get(key)
     if problem is None:
         problem = validate(inputs, AttentionOptions(*options), need_grad)
@@ -138,6 +145,7 @@ def validate(inputs: AttentionInputs, options: AttentionOptions, need_grad: bool
         bias_dtype=None if bias is None else bias.dtype,
         has_relative_bias=inputs.relative_bias is not None,
         alibi_shape=None if alibi_slopes is None else tuple(alibi_slopes.shape),
+        has_optional_tensors=any(tensor is not None for tensor in inputs[3:]),
         need_grad=need_grad,
     )
 

@@ -27,14 +27,14 @@ _PROBLEM_FIXED = (
     "fffi"  # softmax_scale, softcap, dropout_p, causal
     "qq"  # window_left, window_right
 )
-_PROBLEM_OF_CALL = (
+_PROBLEM_OPTIONAL = (
     "Q"  # dropout_seed
     "QQqq"  # cu_seqlens_q, cu_seqlens_k, total_q, total_k
     "Qq"  # key_mask, key_mask_stride_b
     f"{_BIAS}ii"  # bias, bias_dtype, reserved0
     "Qq"  # relative_bias, relative_bias_stride_h
     "Qqq"  # alibi_slopes, alibi_stride_b, alibi_stride_h
-    f"{_TENSOR * 3}"  # q, k, v
+    # and last q, k, v
 )
 _FORWARD = struct.Struct(f"@II{_TENSOR}Qqq")  # struct_size, reserved0, out, lse with strides
 _BACKWARD = struct.Struct(
@@ -47,18 +47,19 @@ _BACKWARD = struct.Struct(
 )
 _EXECUTOR = struct.Struct("@Qi4x")  # parallel_for, num_threads, padding
 _FIXED = struct.Struct("@" + _PROBLEM_FIXED)
-_OF_CALL = struct.Struct("@" + _PROBLEM_OF_CALL)
-PROBLEM_SIZE = struct.calcsize("@" + _PROBLEM_FIXED + _PROBLEM_OF_CALL)
-assert _FIXED.size + _OF_CALL.size == PROBLEM_SIZE, "the part of a problem that changes must begin aligned"
+_OPTIONAL = struct.Struct("@" + _PROBLEM_OPTIONAL)
+_QKV = struct.Struct("@" + _TENSOR * 3)
+_PROBLEM_SIZE = _FIXED.size + _OPTIONAL.size + _QKV.size  # every part begins and ends on eight bytes
 
 _NO_TENSOR = (0, 0, 0, 0)
 _NO_BIAS = (0, 0, 0, 0, 0)
+_NOTHING_OPTIONAL = (None,) * 7
 
 
 def fixed_part(problem: AttentionProblem) -> bytes:
-    """The front of fastattn_problem: the same for every call of this problem."""
-    return _FIXED.pack(
-        PROBLEM_SIZE,
+    """The front of fastattn_problem, the same for every call; without optional tensors, all but q, k and v."""
+    fixed = _FIXED.pack(
+        _PROBLEM_SIZE,
         DTYPES[problem.dtype],
         problem.batch,
         problem.num_heads,
@@ -74,12 +75,20 @@ def fixed_part(problem: AttentionProblem) -> bytes:
         problem.window_left,
         problem.window_right,
     )
+    return fixed if problem.has_optional_tensors else fixed + _optional_part(problem, _NOTHING_OPTIONAL)
 
 
 def problem_struct(fixed: bytes, problem: AttentionProblem, inputs: AttentionInputs) -> bytes:
     """fastattn_problem: `fixed` with the addresses and strides of this call."""
-    q, k, v, key_mask, bias, relative_bias, alibi_slopes, cu_seqlens_q, cu_seqlens_k, seed = inputs
-    return fixed + _OF_CALL.pack(
+    if problem.has_optional_tensors:
+        fixed += _optional_part(problem, inputs[3:])
+    q, k, v = inputs[:3]
+    return fixed + _QKV.pack(*_tensor(q), *_tensor(k), *_tensor(v))
+
+
+def _optional_part(problem: AttentionProblem, tensors: tuple[Tensor | None, ...]) -> bytes:
+    key_mask, bias, relative_bias, alibi_slopes, cu_seqlens_q, cu_seqlens_k, seed = tensors
+    return _OPTIONAL.pack(
         0 if seed is None else int(seed) & 0xFFFFFFFFFFFFFFFF,
         0 if cu_seqlens_q is None else cu_seqlens_q.data_ptr(),
         0 if cu_seqlens_k is None else cu_seqlens_k.data_ptr(),
@@ -95,9 +104,6 @@ def problem_struct(fixed: bytes, problem: AttentionProblem, inputs: AttentionInp
         0 if alibi_slopes is None else alibi_slopes.data_ptr(),
         0 if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes.stride(0),
         0 if alibi_slopes is None else alibi_slopes.stride(-1),
-        *_tensor(q),
-        *_tensor(k),
-        *_tensor(v),
     )
 
 

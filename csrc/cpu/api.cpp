@@ -1,0 +1,269 @@
+// The ABI: validate, divide the problem into units, run the passes.
+#include <stdlib.h>
+#include <string.h>
+
+#include <algorithm>
+
+#include "internal.h"
+
+namespace fastattn {
+namespace {
+
+// Fewer units than this are divided further: enough for the threads of a large machine, and a number that does not
+// depend on theirs, so that results do not either.
+constexpr int64_t kEnoughUnits = 64;
+
+struct EntryList {
+  Entry* data = nullptr;
+  int64_t count = 0, capacity = 0;
+  bool ok = true;
+
+  ~EntryList() { free(data); }
+  void add(const Entry& e) {
+    if (count == capacity) {
+      capacity = capacity == 0 ? 64 : capacity * 2;
+      Entry* grown = (Entry*)realloc(data, (size_t)capacity * sizeof(Entry));
+      if (grown == nullptr) {
+        ok = false;
+        count = 0;
+        capacity = 0;
+        free(data);
+        data = nullptr;
+        return;
+      }
+      data = grown;
+    }
+    data[count++] = e;
+  }
+};
+
+int64_t query_tiles_of(const fastattn_problem& p, const Sequence& s) {
+  return ceil_div(s.nq, kQueryTile) * (p.num_heads / p.num_kv_heads);
+}
+
+// Visible (query, key) pairs of query tiles [begin, end) as a measure of their time.
+int64_t cost_of_queries(const fastattn_problem& p, const Sequence& s, int64_t b, int64_t begin, int64_t end) {
+  const Visibility visible = visibility_of(p, s);
+  const int64_t per_head = ceil_div(s.nq, kQueryTile);
+  int64_t cost = 0;
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t i0 = t % per_head * kQueryTile, i1 = std::min(i0 + kQueryTile, s.nq);
+    int64_t first = visible.begin(i0), last = visible.end(i1 - 1);
+    if (p.key_mask != nullptr) {
+      const uint8_t* mask = p.key_mask + b * p.key_mask_stride_b;
+      while (last > first && mask[last - 1] == 0) --last;
+      while (first < last && mask[first] == 0) ++first;
+    }
+    cost += (i1 - i0) * std::max<int64_t>(last - first, 0);
+  }
+  return cost;
+}
+
+void longest_first(EntryList& list) {
+  std::stable_sort(list.data, list.data + list.count,
+                   [](const Entry& a, const Entry& b) { return a.cost > b.cost; });
+}
+
+void query_entries(const fastattn_problem& p, EntryList& list) {
+  int64_t tiles = 0;
+  for (int64_t b = 0; b < p.batch; ++b) tiles += query_tiles_of(p, sequence_of(p, b));
+  int64_t per_unit = kTilesPerUnit;
+  while (per_unit > 1 && tiles * p.num_kv_heads < kEnoughUnits * per_unit) per_unit /= 2;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const Sequence s = sequence_of(p, b);
+    const int64_t count = query_tiles_of(p, s);
+    for (int64_t t = 0; t < count; t += per_unit) {
+      const int64_t end = std::min(t + per_unit, count);
+      list.add({b, t, end, cost_of_queries(p, s, b, t, end)});
+    }
+  }
+  longest_first(list);
+}
+
+fastattn_status run(const fastattn_executor* executor, Worker worker, Work work, const EntryList& list,
+                    int64_t heads) {
+  if (!list.ok) return fail(FASTATTN_OUT_OF_MEMORY, "no memory for the list of work units.");
+  if (list.count == 0) return FASTATTN_OK;
+  work.entries = list.data;
+  work.heads = heads;
+  work.unit_count = list.count * heads;
+  work.grain = 1;
+  run_on_threads(executor, worker, &work);
+  if (work.out_of_memory) return fail(FASTATTN_OUT_OF_MEMORY, "no memory for a thread's workspace.");
+  return FASTATTN_OK;
+}
+
+size_t element_size(int32_t dtype) { return dtype == FASTATTN_F32 ? 4 : 2; }
+
+// Packed rows that belong to no sequence hold zeros.
+void zero_rows(const fastattn_tensor& t, int64_t heads, int64_t begin, int64_t end, int64_t n, size_t size) {
+  if (t.data == nullptr) return;
+  for (int64_t h = 0; h < heads; ++h)
+    for (int64_t i = begin; i < end; ++i)
+      memset((char*)t.data + (h * t.stride_h + i * t.stride_n) * (int64_t)size, 0, (size_t)n * size);
+}
+void zero_outside_sequences(const fastattn_problem& p, const int32_t* offsets, int64_t total,
+                            const fastattn_tensor& t, int64_t heads, int64_t n) {
+  if (offsets == nullptr) return;
+  zero_rows(t, heads, 0, offsets[0], n, element_size(p.dtype));
+  zero_rows(t, heads, offsets[p.batch], total, n, element_size(p.dtype));
+}
+
+// ---- by keys --------------------------------------------------------------------------------
+
+int64_t key_tiles_of(const Sequence& s) { return ceil_div(s.nk, kKeyTile); }
+
+fastattn_status run_key_pass(const fastattn_problem& p, const fastattn_backward_io& io,
+                             const fastattn_executor* executor, const Kernels& kernels, Work work) {
+  EntryList list;
+  const bool want_dq = io.dq.data != nullptr;
+  int64_t longest = 0;
+  for (int64_t b = 0; b < p.batch; ++b) longest = std::max(longest, key_tiles_of(sequence_of(p, b)));
+  const bool split = p.batch * p.num_kv_heads < kEnoughUnits && longest > 1;
+  if (!split) {
+    for (int64_t b = 0; b < p.batch; ++b) {
+      const Sequence s = sequence_of(p, b);
+      list.add({b, 0, key_tiles_of(s), s.nq * s.nk});
+    }
+    longest_first(list);
+  } else {
+    // Ascending key tiles: those that a unit waits for are always taken before it.
+    for (int64_t tile = 0; tile < longest; ++tile)
+      for (int64_t b = 0; b < p.batch; ++b)
+        if (tile < key_tiles_of(sequence_of(p, b))) list.add({b, tile, tile + 1, 0});
+  }
+  const int64_t rows = (p.cu_seqlens_q != nullptr ? p.total_q : p.batch * p.seqlen_q) * p.num_heads;
+  int32_t* turns = nullptr;
+  float* sums = nullptr;
+  if (want_dq && split)
+    turns = (int32_t*)calloc((size_t)(p.batch * p.num_heads * ceil_div(p.seqlen_q, kQueryTile)) + 1, 4);
+  if (want_dq && p.dtype != FASTATTN_F32) sums = (float*)malloc((size_t)(rows * p.head_dim) * 4 + 1);
+  fastattn_status status;
+  if ((want_dq && split && turns == nullptr) || (want_dq && p.dtype != FASTATTN_F32 && sums == nullptr)) {
+    status = fail(FASTATTN_OUT_OF_MEMORY, "no memory for the sums of dq.");
+  } else {
+    work.turns = turns;
+    work.dq_sums = sums;
+    status = run(executor, kernels.backward_kv[p.dtype], work, list, p.num_kv_heads);
+    if (status == FASTATTN_OK && sums != nullptr) {
+      EntryList queries;
+      query_entries(p, queries);
+      status = run(executor, kernels.convert_dq[p.dtype], work, queries, p.num_kv_heads);
+    }
+  }
+  free(turns);
+  free(sums);
+  return status;
+}
+
+fastattn_status run_bias_pass(const fastattn_problem& p, const fastattn_backward_io& io,
+                              const fastattn_executor* executor, const Kernels& kernels, Work work) {
+  EntryList list;
+  const int64_t tiles = ceil_div(p.seqlen_q, kQueryTile);
+  for (int64_t b = 0; b < (io.dbias.stride_b == 0 ? 1 : p.batch); ++b) {
+    if (io.dbias.stride_q == 0)
+      list.add({b, 0, tiles, 0});
+    else
+      for (int64_t t = 0; t < tiles; ++t) list.add({b, t, t + 1, 0});
+  }
+  return run(executor, kernels.backward_bias[p.dtype], work, list, io.dbias.stride_h == 0 ? 1 : p.num_heads);
+}
+
+fastattn_status forward(const fastattn_problem* p, const fastattn_forward_result* result,
+                        const fastattn_executor* executor) {
+  fastattn_status status = validate_forward(p, result);
+  if (status == FASTATTN_OK) status = validate_executor(executor);
+  if (status != FASTATTN_OK) return status;
+  const Kernels* kernels = select_kernels(&status);
+  if (kernels == nullptr) return status;
+
+  zero_outside_sequences(*p, p->cu_seqlens_q, p->total_q, result->out, p->num_heads, p->head_dim_v);
+  if (p->cu_seqlens_q != nullptr && result->lse != nullptr)
+    for (int64_t h = 0; h < p->num_heads; ++h) {
+      float* lse = result->lse + h * result->lse_stride_h;
+      std::fill(lse, lse + p->cu_seqlens_q[0], -__builtin_inff());
+      std::fill(lse + p->cu_seqlens_q[p->batch], lse + p->total_q, -__builtin_inff());
+    }
+  Work work = {};
+  work.problem = p;
+  work.forward = result;
+  EntryList list;
+  query_entries(*p, list);
+  return run(executor, kernels->forward[p->dtype], work, list, p->num_kv_heads);
+}
+
+fastattn_status backward(const fastattn_problem* p, const fastattn_backward_io* io,
+                         const fastattn_executor* executor) {
+  fastattn_status status = validate_backward(p, io);
+  if (status == FASTATTN_OK) status = validate_executor(executor);
+  if (status != FASTATTN_OK) return status;
+  const Kernels* kernels = select_kernels(&status);
+  if (kernels == nullptr) return status;
+
+  zero_outside_sequences(*p, p->cu_seqlens_q, p->total_q, io->dq, p->num_heads, p->head_dim);
+  zero_outside_sequences(*p, p->cu_seqlens_k, p->total_k, io->dk, p->num_kv_heads, p->head_dim);
+  zero_outside_sequences(*p, p->cu_seqlens_k, p->total_k, io->dv, p->num_kv_heads, p->head_dim_v);
+  Work work = {};
+  work.problem = p;
+  work.backward = io;
+  const bool want_kv = io->dk.data != nullptr || io->dv.data != nullptr;
+  // Sequences without keys give dq no key tile to be written by.
+  bool keyless = false;
+  for (int64_t b = 0; b < p->batch; ++b) keyless |= sequence_of(*p, b).nk == 0 && sequence_of(*p, b).nq > 0;
+  fastattn_backward_io without_dq = *io;
+  if (want_kv) {
+    if (keyless) without_dq.dq.data = nullptr, work.backward = &without_dq;
+    status = run_key_pass(*p, *work.backward, executor, *kernels, work);
+    if (status != FASTATTN_OK) return status;
+    work.backward = io;
+  }
+  if (io->dq.data != nullptr && (!want_kv || keyless)) {
+    EntryList list;
+    query_entries(*p, list);
+    status = run(executor, kernels->backward_q[p->dtype], work, list, p->num_kv_heads);
+    if (status != FASTATTN_OK) return status;
+  }
+  if (io->dbias.data != nullptr) {
+    status = run_bias_pass(*p, *io, executor, *kernels, work);
+    if (status != FASTATTN_OK) return status;
+  }
+  if (io->drelative_bias != nullptr) {
+    EntryList list;
+    list.add({0, 0, 0, 0});
+    status = run(executor, kernels->backward_relative[p->dtype], work, list, p->num_heads);
+  }
+  return status;
+}
+
+}  // namespace
+}  // namespace fastattn
+
+extern "C" int32_t fastattn_abi_version(void) { return FASTATTN_ABI_VERSION; }
+
+extern "C" fastattn_status fastattn_cpu_forward(const fastattn_problem* problem,
+                                                const fastattn_forward_result* result,
+                                                const fastattn_executor* executor) {
+  return fastattn::forward(problem, result, executor);
+}
+
+extern "C" fastattn_status fastattn_cpu_backward(const fastattn_problem* problem, const fastattn_backward_io* io,
+                                                 const fastattn_executor* executor) {
+  return fastattn::backward(problem, io, executor);
+}
+
+extern "C" fastattn_status fastattn_cpu_dropout_mask(uint64_t seed, float dropout_p, int64_t batch,
+                                                     int64_t num_heads, int64_t seqlen_q, int64_t seqlen_k,
+                                                     uint8_t* keep) {
+  using namespace fastattn;
+  fastattn_status status = validate_dropout_p(dropout_p);
+  if (status != FASTATTN_OK) return status;
+  if (batch < 0 || num_heads < 0 || seqlen_q < 0 || seqlen_k < 0 || keep == nullptr)
+    return fail(FASTATTN_INVALID_ARGUMENT, "a size of the dropout mask is negative, or keep is a null pointer.");
+  const Kernels* kernels = select_kernels(&status);
+  if (kernels == nullptr) return status;
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t h = 0; h < num_heads; ++h)
+      for (int64_t i = 0; i < seqlen_q; ++i, keep += seqlen_k)
+        kernels->dropout_mask(seed, dropout_p, b, h, i, seqlen_k, keep);
+  return FASTATTN_OK;
+}

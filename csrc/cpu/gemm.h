@@ -1,0 +1,138 @@
+// The one matrix product of the library: C[M x N] (+)= A[M x K] B[K x N] in tiles that sit in cache.
+//
+// Operands are made of 32-bit units. For fp32 a unit is one float; for the bf16 dot product it is two
+// neighbours along K, so K counts pairs, and nothing else differs. C is always fp32.
+//
+//   B    panels of kNR columns: unit (k, n) of a panel at b[k * ld + n], its columns contiguous and aligned
+//   A    by rows (unit (i, k) at a[i * ld + k]) or by columns (at a[k * ld + i]); broadcast one unit at a time
+//
+// A micro-kernel keeps a block of up to 6 rows x kNR columns of C in registers for the whole of K: per step kNV
+// loads of B and 6 broadcasts of A feed 6 * kNV multiply-adds (Goto and van de Geijn 2008).
+#ifndef FASTATTN_CPU_GEMM_H
+#define FASTATTN_CPU_GEMM_H
+
+#include "vec.h"
+
+namespace fastattn::FASTATTN_ISA_NS {
+
+// 16 vector registers hold 6 x 2 sums, 2 of B and a broadcast; 32 hold 6 x 4 sums, 4 of B and a broadcast.
+#if FASTATTN_VECTOR_BYTES == 64 || defined(__ARM_NEON)
+constexpr int kNV = 4;
+#else
+constexpr int kNV = 2;
+#endif
+constexpr int kMR = 6;
+constexpr int kNR = kNV * W;
+
+// Element policies: what a unit is, and the multiply-add on it.
+struct Single {
+  typedef float Unit;
+  typedef vf Vector;
+  static constexpr int kPerUnit = 1;
+  FASTATTN_ALWAYS vf dot(vf sum, vf a, vf b) { return a * b + sum; }
+};
+
+#if defined(FASTATTN_BF16_DOT)
+struct Pair {
+  typedef uint32_t Unit;
+  typedef vu Vector;
+  static constexpr int kPerUnit = 2;
+  FASTATTN_ALWAYS vf dot(vf sum, vu a, vu b) {
+#if defined(__AVX512BF16__)
+    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    return (vf)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)a, (bfloat16x8_t)b);
+#else  // the same in software, so that layouts can be tested where the instruction is missing
+    sum = as_float(a & 0xFFFF0000u) * as_float(b & 0xFFFF0000u) + sum;
+    return as_float(a << 16) * as_float(b << 16) + sum;
+#endif
+  }
+};
+#endif
+
+template <class E, int MR, int NV, bool kByColumns>
+__attribute__((noinline)) void micro_kernel(int64_t k_count, const typename E::Unit* a, int64_t lda,
+                                            const typename E::Unit* b, int64_t ldb, float* c, int64_t ldc,
+                                            bool accumulate) {
+  vf sum[MR][NV];
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) sum[i][v] = vf{};
+#pragma GCC unroll 2
+  for (int64_t k = 0; k < k_count; ++k) {
+    typename E::Vector row[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) row[v] = load_as<typename E::Vector>(b + v * W);
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) {
+      const typename E::Vector ai = splat(kByColumns ? a[i] : a[i * lda]);
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) sum[i][v] = E::dot(sum[i][v], ai, row[v]);
+    }
+    a += kByColumns ? lda : 1;
+    b += ldb;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      float* out = c + i * ldc + v * W;
+      store(out, accumulate ? load(out) + sum[i][v] : sum[i][v]);
+    }
+}
+
+template <class E>
+using MicroKernel = void (*)(int64_t, const typename E::Unit*, int64_t, const typename E::Unit*, int64_t, float*,
+                             int64_t, bool);
+
+template <class E, bool kByColumns>
+struct MicroKernels {
+#define FASTATTN_ROW(NV)                                                          \
+  {                                                                               \
+    micro_kernel<E, 1, NV, kByColumns>, micro_kernel<E, 2, NV, kByColumns>,       \
+        micro_kernel<E, 3, NV, kByColumns>, micro_kernel<E, 4, NV, kByColumns>,   \
+        micro_kernel<E, 5, NV, kByColumns>, micro_kernel<E, 6, NV, kByColumns>    \
+  }
+  static constexpr MicroKernel<E> table[kNV][kMR] = {FASTATTN_ROW(1), FASTATTN_ROW(2),
+#if FASTATTN_VECTOR_BYTES == 64 || defined(__ARM_NEON)
+                                                     FASTATTN_ROW(3), FASTATTN_ROW(4)
+#endif
+  };
+#undef FASTATTN_ROW
+};
+
+// How many of the `left` rows the next block takes: 6, but never leaving a block of 1 or 2 that would starve the
+// multipliers.
+FASTATTN_ALWAYS int block_rows(int left) { return left >= 2 * kMR ? kMR : left <= kMR ? left : (left + 1) / 2; }
+
+struct Range {
+  int begin, end;
+};
+
+// rows_of(n0, n1): the rows that are needed of columns n0..n1; depth_of(i0, i1): the part of K that rows i0..i1
+// have anything in. Masks shrink both; with no mask they are the whole.
+template <class E, bool kByColumns, class RowsOf, class DepthOf>
+FASTATTN_ALWAYS void gemm(int n_count, const typename E::Unit* a, int64_t lda, const typename E::Unit* b,
+                          int64_t panel_stride, int64_t ldb, float* c, int64_t ldc, bool accumulate,
+                          RowsOf rows_of, DepthOf depth_of) {
+  for (int n = 0; n < n_count; n += kNR, b += panel_stride) {
+    const int columns = n_count - n < kNR ? n_count - n : kNR;
+    const Range rows = rows_of(n, n + columns);
+    const MicroKernel<E>* kernels = MicroKernels<E, kByColumns>::table[(columns + W - 1) / W - 1];
+    for (int i = rows.begin; i < rows.end;) {
+      const int m = block_rows(rows.end - i);
+      const Range depth = depth_of(i, i + m);
+      if (depth.begin < depth.end || !accumulate) {
+        const int64_t k = depth.end > depth.begin ? depth.end - depth.begin : 0;
+        kernels[m - 1](k, a + (kByColumns ? i + depth.begin * lda : i * lda + depth.begin), lda,
+                       b + depth.begin * ldb, ldb, c + i * ldc + n, ldc, accumulate);
+      }
+      i += m;
+    }
+  }
+}
+
+}  // namespace fastattn::FASTATTN_ISA_NS
+
+#endif  // FASTATTN_CPU_GEMM_H

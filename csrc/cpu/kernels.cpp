@@ -1,0 +1,53 @@
+// One instruction set's kernels; compiled once for each with FASTATTN_ISA_NS, FASTATTN_ISA_NAME,
+// FASTATTN_VECTOR_BYTES and perhaps FASTATTN_BF16_DOT defined by the build.
+#include "kernels.h"
+
+#include "backward_passes.h"
+#include "bias_passes.h"
+#include "forward.h"
+
+namespace fastattn::FASTATTN_ISA_NS {
+namespace {
+
+template <template <class, class> class Pass, class T, class E>
+void run_units(Work* work) {
+  Pass<T, E> pass(*work);
+  if (!get_workspace(*work, pass)) return;
+  take_units(*work, work->heads, [&](const Entry& entry, int64_t head) { pass.run(entry, head); });
+}
+
+void dropout_mask_row(uint64_t seed, float p, int64_t b, int64_t h, int64_t i, int64_t nk, uint8_t* keep) {
+  fastattn_problem problem = {};
+  problem.dropout_seed = seed;
+  problem.dropout_p = p;
+  const Dropout dropout(problem);
+  int32_t row[kKeyTile];
+  for (int64_t j = 0; j < nk; j += kKeyTile) {
+    const int n = nk - j < kKeyTile ? (int)(nk - j) : kKeyTile;
+    dropout.row(b, h, i, j, n, row);
+    for (int c = 0; c < n; ++c) keep[j + c] = row[c] != 0;
+  }
+}
+
+#if defined(FASTATTN_BF16_DOT)
+typedef Pair ForBF16;
+#else
+typedef Single ForBF16;
+#endif
+
+#define FASTATTN_BY_DTYPE(Pass) \
+  { run_units<Pass, F32, Single>, run_units<Pass, F16, Single>, run_units<Pass, BF16, ForBF16> }
+
+}  // namespace
+
+extern const Kernels kernels;
+const Kernels kernels = {FASTATTN_ISA_NAME,
+                         FASTATTN_BY_DTYPE(Forward),
+                         FASTATTN_BY_DTYPE(KeyPass),
+                         FASTATTN_BY_DTYPE(ConvertPass),
+                         FASTATTN_BY_DTYPE(QueryPass),
+                         FASTATTN_BY_DTYPE(BiasPass),
+                         FASTATTN_BY_DTYPE(RelativePass),
+                         dropout_mask_row};
+
+}  // namespace fastattn::FASTATTN_ISA_NS

@@ -1,0 +1,49 @@
+// What one instruction set offers: worker functions that take units of work until none is left. Called once per
+// thread; every unit's result is a function of the unit alone, so the number of threads cannot change a bit.
+#ifndef FASTATTN_CPU_KERNELS_H
+#define FASTATTN_CPU_KERNELS_H
+
+#include "problem.h"
+
+namespace fastattn {
+
+// Sequence b, and query tiles [begin, end) counted over the heads of a group: tile t is query tile t % T of the
+// group's head t / T. Key passes use key tiles instead. Every entry stands for num_kv_heads units.
+struct Entry {
+  int64_t b, begin, end;
+  int64_t cost;  // visible (query, key) pairs, for handing out the longest first
+};
+
+struct Work {
+  const fastattn_problem* problem;
+  const fastattn_forward_result* forward;
+  const fastattn_backward_io* backward;
+  const Entry* entries;
+  int64_t heads;          // units per entry, head fastest
+  int64_t unit_count;     // entries times heads
+  int64_t grain;          // units taken at a time
+  int64_t next;           // the next unit to be taken, atomically
+  int32_t out_of_memory;  // set by a thread that got no workspace
+  int32_t* turns;         // key passes: per (b, kv head, query tile) the next key tile that may add to dq
+  float* dq_sums;         // key passes: fp32 dq in the layout of q where dq itself is narrower
+};
+
+typedef void (*Worker)(Work* work);
+
+struct Kernels {
+  const char* name;
+  Worker forward[3];      // by fastattn_dtype
+  Worker backward_kv[3];  // dk, dv and, where it is wanted too, dq
+  Worker convert_dq[3];   // dq_sums to dq, after backward_kv
+  Worker backward_q[3];   // dq alone
+  Worker backward_bias[3];
+  Worker backward_relative[3];
+  void (*dropout_mask)(uint64_t seed, float p, int64_t b, int64_t h, int64_t i, int64_t nk, uint8_t* keep);
+};
+
+// The workspace of the calling thread, at least `bytes` and aligned to a cache line; nullptr if there is no memory.
+void* thread_workspace(size_t bytes);
+
+}  // namespace fastattn
+
+#endif  // FASTATTN_CPU_KERNELS_H

@@ -1,0 +1,70 @@
+// Elementary functions on vectors: exp2, log and tanh, each as a polynomial on a reduced argument.
+#ifndef FASTATTN_CPU_MATH_H
+#define FASTATTN_CPU_MATH_H
+
+#include "vec.h"
+
+namespace fastattn::FASTATTN_ISA_NS {
+
+constexpr float kLog2e = 1.44269504088896340736f;
+constexpr float kLn2 = 0.69314718055994530942f;
+constexpr float kInf = __builtin_inff();
+
+// 2^x for x <= 0, which is what softmax asks for; larger arguments count as 0, and below -126.5 the result is
+// exactly 0. NaN stays NaN.
+//
+// x = n + f with n the nearest integer: adding 1.5 * 2^23 + 127 leaves n + 127 in the low mantissa bits, which
+// shifted by 23 are the bits of 2^n (0 for n = -127). 2^f by a degree-5 minimax polynomial, 2e-7 relative.
+FASTATTN_ALWAYS vf exp2_nonpositive(vf x) {
+  const vf magic = splat(12582912.0f + 127.0f);
+#if defined(__AVX512F__) && FASTATTN_VECTOR_BYTES == 64
+  x = (vf)_mm512_min_ps(_mm512_setzero_ps(), (__m512)x);
+#elif defined(__AVX2__) && FASTATTN_VECTOR_BYTES == 32
+  x = (vf)_mm256_min_ps(_mm256_setzero_ps(), (__m256)x);
+#else
+  x = x > 0.0f ? vf{} : x;
+#endif
+  x = vmax(splat(-127.0f), x);
+  const vf t = x + magic;
+  const vf f = x - (t - magic);
+  vf p = splat(1.326472718e-03f);
+  p = p * f + splat(9.671512650e-03f);
+  p = p * f + splat(5.550733743e-02f);
+  p = p * f + splat(2.402224209e-01f);
+  p = p * f + splat(6.931469776e-01f);
+  p = p * f + splat(1.0f);
+  return p * as_float(as_int(t) << 23);
+}
+
+// Natural logarithm of a positive, normal x: 2 artanh((m - 1) / (m + 1)) + e ln 2 with m in [sqrt(1/2), sqrt(2)).
+FASTATTN_ALWAYS vf log_positive(vf x) {
+  const vi bits = as_int(x), e = (bits - 0x3F3504F3) >> 23;
+  const vf m = as_float(bits - (e << 23));
+  const vf t = (m - 1.0f) / (m + 1.0f), z = t * t;
+  vf p = splat(2.0f / 9.0f);
+  p = p * z + splat(2.0f / 7.0f);
+  p = p * z + splat(2.0f / 5.0f);
+  p = p * z + splat(2.0f / 3.0f);
+  const vf log_m = t * 2.0f + t * z * p;
+  const vf result = __builtin_convertvector(e, vf) * kLn2 + log_m;
+  return x == x && x < kInf ? result : x;
+}
+
+// tanh: an odd polynomial near 0 (coefficients of Cephes' tanhf), 1 - 2 / (e^2x + 1) elsewhere.
+FASTATTN_ALWAYS vf tanh(vf x) {
+  const vf magnitude = as_float(as_int(x) & 0x7FFFFFFF), z = x * x;
+  vf p = splat(-5.70498872745e-3f);
+  p = p * z + splat(2.06390887954e-2f);
+  p = p * z + splat(-5.37397155531e-2f);
+  p = p * z + splat(1.33314422036e-1f);
+  p = p * z + splat(-3.33332819422e-1f);
+  const vf small = x + x * z * p;
+  const vf e = exp2_nonpositive(magnitude * (-2.0f * kLog2e));
+  const vf large = (1.0f - e) / (1.0f + e);
+  const vf with_sign = as_float(as_int(large) | (as_int(x) & INT32_MIN));
+  return magnitude < 0.625f ? small : with_sign;
+}
+
+}  // namespace fastattn::FASTATTN_ISA_NS
+
+#endif  // FASTATTN_CPU_MATH_H

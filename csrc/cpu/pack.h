@@ -1,0 +1,206 @@
+// From the caller's tensors (any of three dtypes, any strides) to the operands of gemm.h, and back.
+//
+//   rows       row-major units, zero-padded to a whole vector: the A operand, and for fp32 also B with K = rows
+//   interleave for bf16 pairs: two neighbouring rows in each unit: B with K = rows
+//   panels     the transpose of rows, in panels of kNR: B with K = head_dim
+//
+// No load reaches beyond the last element of a row: tails go through a zeroed buffer.
+#ifndef FASTATTN_CPU_PACK_H
+#define FASTATTN_CPU_PACK_H
+
+#include "gemm.h"
+
+namespace fastattn::FASTATTN_ISA_NS {
+
+// Storage types: one empty tag per dtype with its lane conversions.
+struct F32 {
+  typedef float Storage;
+  FASTATTN_ALWAYS vf load(const float* p) { return load_as<vf>(p); }
+  FASTATTN_ALWAYS void store_to(float* p, vf x) { store(p, x); }
+};
+struct F16 {
+  typedef uint16_t Storage;
+  FASTATTN_ALWAYS vf load(const uint16_t* p) { return from_f16(load_as<vu16>(p)); }
+  FASTATTN_ALWAYS void store_to(uint16_t* p, vf x) { store(p, to_f16(x)); }
+};
+struct BF16 {
+  typedef uint16_t Storage;
+  FASTATTN_ALWAYS vf load(const uint16_t* p) { return from_bf16(load_as<vu16>(p)); }
+  FASTATTN_ALWAYS void store_to(uint16_t* p, vf x) { store(p, to_bf16(x)); }
+};
+
+template <class T>
+FASTATTN_ALWAYS vf load_tail(const typename T::Storage* p, int64_t n) {
+  typename T::Storage buffer[W] = {};
+  for (int64_t i = 0; i < n; ++i) buffer[i] = p[i];
+  return T::load(buffer);
+}
+template <class T>
+FASTATTN_ALWAYS void store_tail(typename T::Storage* p, vf x, int64_t n) {
+  typename T::Storage buffer[W];
+  T::store_to(buffer, x);
+  for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
+}
+
+// One row to fp32, zero-padded to `padded` lanes.
+template <class T>
+FASTATTN_ALWAYS void load_row(const typename T::Storage* source, int64_t n, float* row, int64_t padded) {
+  int64_t d = 0;
+  for (; d + W <= n; d += W) store(row + d, T::load(source + d));
+  if (d < n) store(row + d, load_tail<T>(source + d, n - d)), d += W;
+  for (; d < padded; d += W) store(row + d, vf{});
+}
+// fp32 times `factor` to one row of the caller's.
+template <class T>
+FASTATTN_ALWAYS void store_row(const float* row, float factor, int64_t n, typename T::Storage* target) {
+  int64_t d = 0;
+  for (; d + W <= n; d += W) T::store_to(target + d, load(row + d) * factor);
+  if (d < n) store_tail<T>(target + d, load(row + d) * factor, n - d);
+}
+
+template <class T, class E>
+struct Packer;
+
+template <class T>
+struct Packer<T, Single> {
+  // (rows, n) to row-major units; rows where keep is 0 become zero (keep may be null).
+  static void rows(const typename T::Storage* source, int64_t stride, int64_t count, int64_t n, const int32_t* keep,
+                   float* units, int64_t ld, int64_t padded) {
+    for (int64_t i = 0; i < count; ++i) {
+      const bool wanted = keep == nullptr || keep[i] != 0;
+      load_row<T>(source + i * stride, wanted ? n : 0, units + i * ld, padded);
+    }
+  }
+  static void interleave(const typename T::Storage* source, int64_t stride, int64_t count, int64_t n,
+                         const int32_t* keep, float* units, int64_t ld, int64_t padded) {
+    rows(source, stride, count, n, keep, units, ld, padded);
+  }
+};
+
+#if defined(FASTATTN_BF16_DOT)
+template <>
+struct Packer<BF16, Pair> {
+  static void rows(const uint16_t* source, int64_t stride, int64_t count, int64_t n, const int32_t* keep,
+                   uint32_t* units, int64_t ld, int64_t padded) {
+    for (int64_t i = 0; i < count; ++i) {
+      const bool wanted = keep == nullptr || keep[i] != 0;
+      uint16_t* row = (uint16_t*)(units + i * ld);
+      const int64_t used = wanted ? n : 0;
+      __builtin_memcpy(row, source + i * stride, (size_t)used * 2);
+      __builtin_memset(row + used, 0, (size_t)(padded * 2 - used) * 2);
+    }
+  }
+  static void interleave(const uint16_t* source, int64_t stride, int64_t count, int64_t n, const int32_t* keep,
+                         uint32_t* units, int64_t ld, int64_t padded) {
+    for (int64_t i = 0; i < count; i += 2) {
+      const uint16_t* even = source + i * stride;
+      const uint16_t* odd = even + stride;
+      const bool want_even = keep == nullptr || keep[i] != 0;
+      const bool want_odd = i + 1 < count && (keep == nullptr || keep[i + 1] != 0);
+      uint32_t* row = units + i / 2 * ld;
+      for (int64_t d = 0; d < padded; d += W) {
+        const int64_t left = n - d;
+        row_pair(want_even ? lanes(even, d, left) : vu{}, want_odd ? lanes(odd, d, left) : vu{}, row + d);
+      }
+    }
+  }
+
+ private:
+  FASTATTN_ALWAYS vu lanes(const uint16_t* row, int64_t d, int64_t left) {
+    if (left >= W) return __builtin_convertvector(load_as<vu16>(row + d), vu);
+    return left > 0 ? as_uint(load_tail<BF16>(row + d, left)) >> 16 : vu{};
+  }
+  FASTATTN_ALWAYS void row_pair(vu even, vu odd, uint32_t* out) { store(out, even | odd << 16); }
+};
+#endif
+
+// ---- transposition --------------------------------------------------------------------------
+
+// Lane l of the result is a[l] where bit `kStep` of l is clear, else b[l - kStep] (kLow), and
+// a[l + kStep] / b[l] (not kLow): one exchange of the butterfly that transposes a W x W block.
+template <int kStep, bool kLow, int... kLane>
+FASTATTN_ALWAYS vf exchange(vf a, vf b) {
+#define FASTATTN_LANE(l) (kLow ? ((l) & kStep ? W + (l)-kStep : (l)) : ((l) & kStep ? W + (l) : (l) + kStep))
+#define FASTATTN_LANES4(l) FASTATTN_LANE(l), FASTATTN_LANE(l + 1), FASTATTN_LANE(l + 2), FASTATTN_LANE(l + 3)
+#if FASTATTN_VECTOR_BYTES == 64
+  return __builtin_shufflevector(a, b, FASTATTN_LANES4(0), FASTATTN_LANES4(4), FASTATTN_LANES4(8),
+                                 FASTATTN_LANES4(12));
+#elif FASTATTN_VECTOR_BYTES == 32
+  return __builtin_shufflevector(a, b, FASTATTN_LANES4(0), FASTATTN_LANES4(4));
+#else
+  return __builtin_shufflevector(a, b, FASTATTN_LANES4(0));
+#endif
+#undef FASTATTN_LANES4
+#undef FASTATTN_LANE
+}
+template <int kStep>
+FASTATTN_ALWAYS void butterfly(vf (&x)[W]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) {
+    if (i & kStep) continue;
+    const vf a = x[i], b = x[i + kStep];
+    x[i] = exchange<kStep, true>(a, b);
+    x[i + kStep] = exchange<kStep, false>(a, b);
+  }
+  if constexpr (kStep > 1) butterfly<kStep / 2>(x);
+}
+
+// Row-major units (count, n) to panels of kNR columns with ld = kNR: unit (d, row). Columns from count to the next
+// multiple of W are zero.
+template <class Unit>
+__attribute__((noinline)) void transpose_to_panels(const Unit* rows, int64_t ld, int64_t count, int64_t n,
+                                                   Unit* panels, int64_t panel_stride) {
+  for (int64_t r = 0; r < count; r += W) {
+    Unit* panel = panels + r / kNR * panel_stride + r % kNR;
+    for (int64_t d = 0; d < n; d += W) {
+      vf x[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) x[i] = r + i < count ? load_as<vf>(rows + (r + i) * ld + d) : vf{};
+      butterfly<W / 2>(x);
+      const int64_t left = n - d;
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i)
+        if (i < left) store(panel + (d + i) * kNR, x[i]);
+    }
+  }
+}
+
+// ---- weights as operands ---------------------------------------------------------------------
+
+// fp32 scores become A operands: in place for fp32 units, as bf16 by rows or by pairs of rows otherwise.
+template <class E>
+struct Weights;
+
+template <>
+struct Weights<Single> {
+  static const float* by_rows(const float* tile, int64_t, int, int, float*, int64_t) { return tile; }
+  static const float* by_columns(const float* tile, int64_t, int, int, float*, int64_t) { return tile; }
+};
+
+#if defined(FASTATTN_BF16_DOT)
+template <>
+struct Weights<Pair> {
+  // K = columns: each row in bf16; columns is a multiple of W.
+  static const uint32_t* by_rows(const float* tile, int64_t ld, int rows, int columns, uint32_t* units,
+                                 int64_t units_ld) {
+    for (int i = 0; i < rows; ++i)
+      for (int j = 0; j < columns; j += W)
+        store((uint16_t*)(units + i * units_ld) + j, to_bf16(load(tile + i * ld + j)));
+    return units;
+  }
+  // K = rows: a unit holds rows 2i and 2i + 1 of one column; a missing last row counts as zero.
+  static const uint32_t* by_columns(const float* tile, int64_t ld, int rows, int columns, uint32_t* units,
+                                    int64_t units_ld) {
+    for (int i = 0; i < rows; i += 2)
+      for (int j = 0; j < columns; j += W) {
+        const vf odd = i + 1 < rows ? load(tile + (i + 1) * ld + j) : vf{};
+        store(units + i / 2 * units_ld + j, pair_bf16(load(tile + i * ld + j), odd));
+      }
+    return units;
+  }
+};
+#endif
+
+}  // namespace fastattn::FASTATTN_ISA_NS
+
+#endif  // FASTATTN_CPU_PACK_H

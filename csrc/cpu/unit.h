@@ -1,0 +1,58 @@
+// Units of work: which rows a unit owns, which keys they see, and how a thread takes the next one.
+#ifndef FASTATTN_CPU_UNIT_H
+#define FASTATTN_CPU_UNIT_H
+
+#include "tile.h"
+
+namespace fastattn::FASTATTN_ISA_NS {
+
+struct QueryTile {
+  int64_t head, i0;  // query head; first row within the sequence
+  int rows;
+};
+
+inline QueryTile query_tile_of(const fastattn_problem& p, const Sequence& s, int64_t kv_head, int64_t tile) {
+  const int64_t per_head = ceil_div(s.nq, kQueryTile), group = p.num_heads / p.num_kv_heads;
+  const int64_t i0 = tile % per_head * kQueryTile;
+  return {kv_head * group + tile / per_head, i0, (int)(s.nq - i0 < kQueryTile ? s.nq - i0 : kQueryTile)};
+}
+
+// The keys that the rows of any of `count` tiles see, from a multiple of kDropoutLanes on.
+inline void key_range_of(const Visibility& visible, const QueryTile* tiles, int count, int64_t* begin, int64_t* end) {
+  *begin = visible.nk, *end = 0;
+  for (int t = 0; t < count; ++t) {
+    const int64_t first = visible.begin(tiles[t].i0), last = visible.end(tiles[t].i0 + tiles[t].rows - 1);
+    if (first < *begin) *begin = first;
+    if (last > *end) *end = last;
+  }
+  *begin = *begin / kDropoutLanes * kDropoutLanes;
+}
+
+// Calls body(entry, head) for units until none is left.
+template <class Body>
+FASTATTN_ALWAYS void take_units(Work& work, int64_t heads, Body body) {
+  for (;;) {
+    const int64_t first = __atomic_fetch_add(&work.next, work.grain, __ATOMIC_RELAXED);
+    if (first >= work.unit_count) return;
+    const int64_t last = first + work.grain < work.unit_count ? first + work.grain : work.unit_count;
+    for (int64_t u = first; u < last; ++u) body(work.entries[u / heads], u % heads);
+  }
+}
+
+// The thread's workspace, laid out by `kernel`: measured with a null arena first, then for real.
+template <class Kernel>
+FASTATTN_ALWAYS bool get_workspace(Work& work, Kernel& kernel) {
+  Arena measure{nullptr};
+  kernel.lay_out(measure);
+  Arena arena{(char*)thread_workspace((size_t)(uintptr_t)measure.next)};
+  if (arena.next == nullptr) {
+    __atomic_store_n(&work.out_of_memory, 1, __ATOMIC_RELAXED);
+    return false;
+  }
+  kernel.lay_out(arena);
+  return true;
+}
+
+}  // namespace fastattn::FASTATTN_ISA_NS
+
+#endif  // FASTATTN_CPU_UNIT_H

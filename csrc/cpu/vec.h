@@ -1,0 +1,173 @@
+// The one SIMD type of the kernels: a vector of FASTATTN_VECTOR_BYTES bytes of 32-bit lanes, as GCC and Clang
+// spell it. Arithmetic, comparison and selection are the language's own operators; this file adds what no operator
+// says. Everything lives in the instruction set's namespace: inline code compiled with AVX flags must never be
+// merged by the linker with that of a lower instruction set.
+#ifndef FASTATTN_CPU_VEC_H
+#define FASTATTN_CPU_VEC_H
+
+#include <stdint.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#define FASTATTN_ALWAYS static inline __attribute__((always_inline))
+
+namespace fastattn::FASTATTN_ISA_NS {
+
+constexpr int kVectorBytes = FASTATTN_VECTOR_BYTES;
+constexpr int W = kVectorBytes / 4;  // lanes
+
+typedef float vf __attribute__((vector_size(kVectorBytes)));
+typedef int32_t vi __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t vu __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t vu16 __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint8_t vu8 __attribute__((vector_size(kVectorBytes / 4)));
+
+FASTATTN_ALWAYS vi as_int(vf x) { return (vi)x; }
+FASTATTN_ALWAYS vu as_uint(vf x) { return (vu)x; }
+FASTATTN_ALWAYS vf as_float(vi x) { return (vf)x; }
+FASTATTN_ALWAYS vf as_float(vu x) { return (vf)x; }
+
+template <class Vector, class T>
+FASTATTN_ALWAYS Vector load_as(const T* p) {
+  Vector v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+FASTATTN_ALWAYS vf load(const float* p) { return load_as<vf>(p); }
+template <class Vector, class T>
+FASTATTN_ALWAYS void store(T* p, Vector v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+FASTATTN_ALWAYS vf splat(float x) {
+#if defined(__AVX512F__) && FASTATTN_VECTOR_BYTES == 64
+  return (vf)_mm512_set1_ps(x);
+#elif defined(__AVX2__) && FASTATTN_VECTOR_BYTES == 32
+  return (vf)_mm256_set1_ps(x);
+#else
+  vf v;
+  for (int i = 0; i < W; ++i) v[i] = x;
+  return v;
+#endif
+}
+FASTATTN_ALWAYS vi splat(int32_t x) { return x - vi{}; }
+FASTATTN_ALWAYS vu splat(uint32_t x) { return x - vu{}; }
+
+FASTATTN_ALWAYS vi lane_index() {
+  vi v;
+  for (int i = 0; i < W; ++i) v[i] = i;
+  return v;
+}
+
+// max(a, b) as x86 has it: b where either is NaN, so put the constant first and a NaN comes through.
+FASTATTN_ALWAYS vf vmax(vf a, vf b) {
+#if defined(__AVX512F__) && FASTATTN_VECTOR_BYTES == 64
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__) && FASTATTN_VECTOR_BYTES == 32
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__) && FASTATTN_VECTOR_BYTES == 16
+  return (vf)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// Reductions fold the vector in halves, in the same order on every instruction set of the same width.
+template <class Fold>
+FASTATTN_ALWAYS float reduce(vf v, Fold fold) {
+  typedef float v4 __attribute__((vector_size(16)));
+  v4 r;
+#if FASTATTN_VECTOR_BYTES == 64
+  typedef float v8 __attribute__((vector_size(32)));
+  v8 half = fold(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
+                 __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+  r = fold(__builtin_shufflevector(half, half, 0, 1, 2, 3), __builtin_shufflevector(half, half, 4, 5, 6, 7));
+#elif FASTATTN_VECTOR_BYTES == 32
+  r = fold(__builtin_shufflevector(v, v, 0, 1, 2, 3), __builtin_shufflevector(v, v, 4, 5, 6, 7));
+#else
+  r = v;
+#endif
+  r = fold(r, __builtin_shufflevector(r, r, 2, 3, 0, 1));
+  r = fold(r, __builtin_shufflevector(r, r, 1, 0, 3, 2));
+  return r[0];
+}
+FASTATTN_ALWAYS float hsum(vf v) {
+  return reduce(v, [](auto a, auto b) { return a + b; });
+}
+FASTATTN_ALWAYS float hmax(vf v) {
+  return reduce(v, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+// High half of a 32 x 32 bit product, which no instruction set has for all lanes: even and odd lanes apart.
+FASTATTN_ALWAYS vu mulhi(vu a, uint32_t b) {
+#if defined(__AVX512F__) && FASTATTN_VECTOR_BYTES == 64
+  const __m512i m = _mm512_set1_epi32((int)b), x = (__m512i)a;
+  const __m512i even = _mm512_srli_epi64(_mm512_mul_epu32(x, m), 32);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), m);
+  return (vu)_mm512_mask_blend_epi32(0xAAAA, even, odd);
+#elif defined(__AVX2__) && FASTATTN_VECTOR_BYTES == 32
+  const __m256i m = _mm256_set1_epi32((int)b), x = (__m256i)a;
+  const __m256i even = _mm256_srli_epi64(_mm256_mul_epu32(x, m), 32);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), m);
+  return (vu)_mm256_blend_epi32(even, odd, 0xAA);
+#else
+  typedef uint64_t vu64 __attribute__((vector_size(kVectorBytes)));
+  const vu64 x = (vu64)a;
+  const vu64 even = (x & 0xFFFFFFFFu) * (uint64_t)b >> 32, odd = (x >> 32) * (uint64_t)b;
+  return (vu)(even | (odd & 0xFFFFFFFF00000000u));
+#endif
+}
+
+// ---- half-precision lanes -------------------------------------------------------------------
+
+FASTATTN_ALWAYS vf from_bf16(vu16 x) { return as_float(__builtin_convertvector(x, vu) << 16); }
+
+FASTATTN_ALWAYS vu16 to_bf16(vf x) {  // round to nearest, ties to even; NaN stays NaN
+  const vu u = as_uint(x);
+  const vu rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
+  const vu nan = (u >> 16) | 0x40u;
+  return __builtin_convertvector(x == x ? rounded : nan, vu16);
+}
+
+FASTATTN_ALWAYS vf from_f16(vu16 x) {
+#if defined(__AVX512F__) && FASTATTN_VECTOR_BYTES == 64
+  return (vf)_mm512_cvtph_ps((__m256i)x);
+#elif defined(__F16C__) && FASTATTN_VECTOR_BYTES == 32
+  return (vf)_mm256_cvtph_ps((__m128i)x);
+#else
+  const vu u = __builtin_convertvector(x, vu);
+  const vu sign = (u & 0x8000u) << 16, magnitude = (u & 0x7FFFu) << 13;
+  const vf scaled = as_float(magnitude) * splat(0x1p112f);  // exponent bias 127 - 15; exact for subnormals too
+  const vu special = magnitude | 0x7F800000u;               // inf, NaN
+  return as_float((magnitude >= 0x0F800000u ? special : as_uint(scaled)) | sign);
+#endif
+}
+
+FASTATTN_ALWAYS vu16 to_f16(vf x) {
+#if defined(__AVX512F__) && FASTATTN_VECTOR_BYTES == 64
+  return (vu16)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__) && FASTATTN_VECTOR_BYTES == 32
+  return (vu16)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const vu u = as_uint(x), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7FFFFFFFu;
+  const vu normal = (magnitude - (112u << 23) + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
+  const vu subnormal = as_uint(as_float(magnitude) + splat(0.5f)) - 0x3F000000u;  // the adder rounds for us
+  vu r = magnitude < 0x38800000u ? subnormal : normal;
+  r = magnitude >= 0x47800000u ? splat(0x7C00u) : r;
+  r = magnitude > 0x7F800000u ? splat(0x7E00u) : r;
+  return __builtin_convertvector(r | sign, vu16);
+#endif
+}
+
+// Two bf16 in each 32-bit lane: the even-indexed element of the sum in the low half.
+FASTATTN_ALWAYS vu pair_bf16(vf even, vf odd) {
+  return __builtin_convertvector(to_bf16(even), vu) | __builtin_convertvector(to_bf16(odd), vu) << 16;
+}
+
+}  // namespace fastattn::FASTATTN_ISA_NS
+
+#endif  // FASTATTN_CPU_VEC_H

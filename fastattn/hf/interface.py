@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..attention import attention, varlen_attention
 from ..errors import InvalidArgumentError, UnsupportedError
+from .first_token import FirstRows
 from .log import log_once
 from .masks import fastattn_mask
 from .packing import Call
@@ -68,6 +69,7 @@ def fastattn_attention(
     max_length_k: int | None = None,
     output_attentions: bool = False,
     fastattn_call: Call | None = None,
+    fastattn_first: FirstRows | None = None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of one layer, in the form of transformers' AttentionInterface.
@@ -93,7 +95,8 @@ def fastattn_attention(
             what = "output_attentions=True" if output_attentions else "position_bias"
             raise UnsupportedError(f"{what} with packed sequences (cu_seq_lens_q)")
         lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
-        return _packed(query, key, value, lengths, causal=causal, window=window, **options), None
+        options.update(causal=causal, window=window)
+        return _packed(query, key, value, lengths, fastattn_first, **options), None
 
     key_mask, bias = None, position_bias
     if attention_mask is not None:
@@ -114,11 +117,16 @@ def fastattn_attention(
         return attention_with_weights(
             query, key, value, key_mask, bias, causal=causal, window=window, **options
         )
-    out = attention(query, key, value, causal=causal, window=window, key_mask=key_mask, bias=bias, **options)
-    return out.transpose(1, 2), None
+    options.update(causal=causal, window=window, key_mask=key_mask, bias=bias)
+    if fastattn_first is not None and bias is None and not causal and window is None:
+        out = attention(query[:, :, :1], key, value, **options).transpose(1, 2)
+        return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, query.shape[2] - 1)), None
+    return attention(query, key, value, **options).transpose(1, 2), None
 
 
-def _packed(query: Tensor, key: Tensor, value: Tensor, lengths: tuple, **options) -> Tensor:
+def _packed(
+    query: Tensor, key: Tensor, value: Tensor, lengths: tuple, first: FirstRows | None, **options
+) -> Tensor:
     """varlen_attention of one packed row; lengths are transformers' cu_seq_lens_q, _k, max_length_q, _k."""
     if query.shape[0] != 1:
         raise InvalidArgumentError(
@@ -132,7 +140,14 @@ def _packed(query: Tensor, key: Tensor, value: Tensor, lengths: tuple, **options
     # offsets.
     max_q = None if max_q is None else int(max_q)
     max_k = max_q if max_k is None else int(max_k)
-    out = varlen_attention(q, k, v, cu_q, cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k, **options)
+    if first is not None and not options["causal"] and options["window"] is None:
+        # The other rows of the last layer are read by nobody: see first_token.py.
+        queries = q.index_select(0, first.rows)
+        offsets = {"cu_seqlens_q": first.cu_seqlens, "cu_seqlens_k": cu_k}
+        out = varlen_attention(queries, k, v, **offsets, max_seqlen_q=1, max_seqlen_k=max_k, **options)
+        out = out.new_zeros(q.shape[0], *out.shape[1:]).index_copy(0, first.rows, out)
+    else:
+        out = varlen_attention(q, k, v, cu_q, cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k, **options)
     return out.unsqueeze(0)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedError, UnsupportedModelError
 from .families import EncoderFamily, Reads, forward_parameters
+from .first_token import FirstRows, first_rows
 from .log import log_once
 
 KEYWORD = "fastattn_call"
@@ -41,6 +42,7 @@ class Layout:
     rows: Tensor  # int64 (T,): position b * N + n of each token, ascending
     cu_seqlens: Tensor  # int32 (B + 1,)
     max_seqlen: int
+    min_seqlen: int
 
     def pack(self, hidden: Tensor) -> Tensor:
         """(B, N, C) -> (1, T, C)"""
@@ -64,6 +66,8 @@ class Call:
     refusal: str | None = None  # why this pass keeps its padding
     layout: Layout | None = None  # set while, and after, the layers run packed
     attended: int = 0  # layers whose attention knew of the packing
+    only_first: bool = False  # nothing but first positions will be read of the last layer
+    first: FirstRows | None = None  # where those are
 
 
 class _Gather(torch.autograd.Function):
@@ -114,14 +118,15 @@ def plan(mask: Tensor, reads: Reads, labels: Tensor | None) -> Layout | str:
             )
         changes = ((labels != -100) & ~mask).any()
         reason = "a masked position has a label other than -100, so its output counts in the loss"
-    total, longest, changed = torch.stack([lengths.sum(), lengths.max(), changes.to(torch.int32)]).tolist()
+    facts = [lengths.sum(), lengths.max(), lengths.min(), changes.to(torch.int32)]
+    total, longest, shortest, changed = torch.stack(facts).tolist()
     if changed:
         return reason
     if total == 0:
         return "no sample has a token"
     rows = torch.nonzero_static(mask.flatten(), size=total).squeeze(1)
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-    return Layout(mask.shape[0], mask.shape[1], rows, cu_seqlens, longest)
+    return Layout(mask.shape[0], mask.shape[1], rows, cu_seqlens, longest, shortest)
 
 
 @dataclass(frozen=True)
@@ -164,6 +169,12 @@ class EnterModel:
         if getattr(model.config, "output_attentions", False):
             kwargs.setdefault("output_attentions", True)
         call.refusal = _refusal(model, args, kwargs, call)
+        call.only_first = (
+            call.reads is Reads.FIRST
+            and call.refusal is None
+            and not kwargs.get("output_hidden_states", getattr(model.config, "output_hidden_states", False))
+            and all(isinstance(hook, LeaveModel) for hook in model._forward_hooks.values())
+        )
         return args, kwargs
 
 
@@ -188,13 +199,20 @@ class EnterEncoder:
 
     def __call__(self, encoder: nn.Module, args: tuple, kwargs: dict):
         call = kwargs.get(KEYWORD)
+        if call is None:
+            return None
+        only_first = call.only_first and all(
+            isinstance(hook, LeaveEncoder) for hook in encoder._forward_hooks.values()
+        )
+        hidden = _argument(encoder, "hidden_states", args, kwargs)
         mask = _argument(encoder, "attention_mask", args, kwargs)
-        if call is None or mask is None:
+        if only_first:
+            call.first = first_rows(None, hidden.device)
+        if mask is None:
             return None
         reason = call.refusal
         if reason is None and (mask.dim() != 2 or mask.dtype != torch.bool):
             reason = f"the attention mask has the shape {tuple(mask.shape)}, not (B, N)"
-        hidden = _argument(encoder, "hidden_states", args, kwargs)
         if reason is None and mask.shape != hidden.shape[:2]:
             reason = (
                 f"the attention mask {tuple(mask.shape)} does not match the tokens {tuple(hidden.shape[:2])}"
@@ -207,6 +225,8 @@ class EnterEncoder:
                 log_once(f"padding stays in this batch: {layout}")
             return None
         call.layout, call.attended = layout, 0
+        if only_first:
+            call.first = first_rows(layout.cu_seqlens, hidden.device) if layout.min_seqlen else None
         packed = layout.pack(hidden)
         names = forward_parameters(encoder)
         replaced = {"hidden_states": packed, "attention_mask": None}
@@ -228,16 +248,25 @@ class LeaveEncoder:
 
     def __call__(self, encoder: nn.Module, args: tuple, kwargs: dict, output):
         call = kwargs.get(KEYWORD)
-        if call is None or call.layout is None:
+        if call is None or (call.layout is None and call.first is None):
             return None
+        hidden = output.last_hidden_state
+        if call.first is not None:
+            if hidden.shape[1] != len(call.first.rows):
+                raise UnsupportedModelError(
+                    f"the last layer of {type(encoder).__name__} returned {hidden.shape[1]} rows where "
+                    f"{len(call.first.rows)} were asked for; patch(model, padding_free=False) works without"
+                )
+            output.last_hidden_state = hidden if call.layout is None else hidden.transpose(0, 1)
+        else:
+            output.last_hidden_state = call.layout.pad(hidden)
         layers = self.family.num_layers(encoder)
-        if call.attended != layers:
+        if call.layout is not None and call.attended != layers:
             # Attention across sequence boundaries would be silently wrong.
             raise UnsupportedModelError(
                 f"{call.attended} of {layers} layers of {type(encoder).__name__} told their attention of the "
                 "packed sequences; patch(model, padding_free=False) works without"
             )
-        output.last_hidden_state = call.layout.pad(output.last_hidden_state)
         return output
 
 

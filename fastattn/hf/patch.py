@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from .. import dispatch
 from ..errors import BackendUnavailableError, InvalidArgumentError, UnsupportedModelError
-from . import packing
+from . import first_token, packing
 from .families import EncoderFamily, Reads, find_family, forward_parameters, supported
 from .interface import NAME
 from .log import logger
@@ -143,6 +143,11 @@ def _patch_base(model: PreTrainedModel, family: EncoderFamily, options: Options)
         model.register_forward_hook(packing.LeaveModel(), with_kwargs=True),
         encoder.register_forward_pre_hook(packing.EnterEncoder(), with_kwargs=True),
         encoder.register_forward_hook(packing.LeaveEncoder(family), with_kwargs=True),
+    ]
+    attention, behind = family.last_attention(encoder)
+    handles += [
+        attention.register_forward_pre_hook(first_token.BeforeAttention(), with_kwargs=True),
+        behind.register_forward_pre_hook(first_token.BehindAttention()),
     ]
     before = model.config._attn_implementation
     # The internal attribute, as set_attn_implementation does: sub-configs are models of their own.

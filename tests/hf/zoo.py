@@ -103,10 +103,12 @@ def run(model: nn.Module, inputs: dict, **options) -> dict[str, torch.Tensor]:
 def deviation(result: dict, expected: dict) -> dict[str, float]:
     """Largest difference in logits, loss and gradients, each relative to the largest expected value.
 
-    Gradients share one scale: some are zero in exact arithmetic (of a key's bias), and rounding is all they hold.
+    Gradients share one scale: a key bias has none in exact arithmetic, and rounding is all it holds.
     """
     assert result.keys() == expected.keys()
-    scale = max((value.abs().max().item() for name, value in expected.items() if name[:4] == "grad"), default=1.0)
+    scale = max(
+        (value.abs().max().item() for name, value in expected.items() if name[:4] == "grad"), default=1.0
+    )
     worst = {"logits": 0.0, "loss": 0.0, "grad": 0.0}
     for name, value in expected.items():
         kind = name.split()[0]

@@ -64,7 +64,7 @@ def test_real_weights(dtype, padding_free):
 
 
 def test_dropout_has_the_same_distribution():
-    """In train mode: the mean over seeds of the patched logits is the mean of the unpatched, and so is the spread."""
+    """In train mode the mean of the logits over seeds is the unpatched model's, and so is the spread."""
     inputs = batch("right", size=3, length=12)
     model = build("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.3).train()
     changed = patch(twin(model), backend=BACKEND)

@@ -37,6 +37,7 @@ class EncoderFamily:
     encoder: str  # attribute of base: the module whose forward runs the layers and returns last_hidden_state
     layers: str  # attribute of the encoder: the ModuleList
     attention: str  # path within a layer to the module that calls the attention function
+    after_attention: str  # path within a layer to the module that first sees attention's output
     heads: tuple[tuple[str, Reads], ...]  # classes of models with a head, and what they read
 
     def check(self, base: nn.Module) -> None:
@@ -49,6 +50,7 @@ class EncoderFamily:
         for layer in layers:
             steps.append((layer, ("hidden_states", "attention_mask")))
             steps.append((self._child(layer, self.attention), ("hidden_states", "attention_mask")))
+            self._child(layer, self.after_attention)
         for module, names in steps:
             parameters = forward_parameters(module)
             for name in names:
@@ -59,6 +61,11 @@ class EncoderFamily:
 
     def num_layers(self, encoder: nn.Module) -> int:
         return len(getattr(encoder, self.layers))
+
+    def last_attention(self, encoder: nn.Module) -> tuple[nn.Module, nn.Module]:
+        """The last layer's attention, and the module behind it."""
+        layer = getattr(encoder, self.layers)[-1]
+        return self._child(layer, self.attention), self._child(layer, self.after_attention)
 
     def reads(self, model: nn.Module) -> Reads | None:
         """What a model with a head reads; ALL for one not listed, None for one not transformers' own."""

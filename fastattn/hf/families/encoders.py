@@ -12,6 +12,7 @@ _BERT = EncoderFamily(
     encoder="encoder",
     layers="layer",
     attention="attention.self",
+    after_attention="attention.output",
     heads=(
         ("BertForSequenceClassification", Reads.FIRST),
         ("BertForMultipleChoice", Reads.FIRST),
@@ -26,6 +27,7 @@ _ROBERTA = EncoderFamily(
     encoder="encoder",
     layers="layer",
     attention="attention.self",
+    after_attention="attention.output",
     heads=(
         ("RobertaForSequenceClassification", Reads.FIRST),
         ("RobertaForMultipleChoice", Reads.FIRST),
@@ -39,6 +41,7 @@ _DISTILBERT = EncoderFamily(
     encoder="transformer",
     layers="layer",
     attention="attention",
+    after_attention="sa_layer_norm",
     heads=(
         ("DistilBertForSequenceClassification", Reads.FIRST),
         ("DistilBertForMultipleChoice", Reads.FIRST),
@@ -52,6 +55,7 @@ _ELECTRA = EncoderFamily(
     encoder="encoder",
     layers="layer",
     attention="attention.self",
+    after_attention="attention.output",
     heads=(
         ("ElectraForSequenceClassification", Reads.FIRST),
         ("ElectraForTokenClassification", Reads.LABELLED),

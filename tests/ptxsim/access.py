@@ -34,7 +34,13 @@ def load(machine, space, addr, width, threads, instr, index, ordered=False):
     `ordered` accesses (volatile, relaxed, acquire) synchronise by themselves and are no data race.
     """
     if space == "generic":
-        return _split(machine, addr, lambda s, a, t, _: load(machine, s, a, width, t, instr, index, ordered), threads, width)
+        return _split(
+            machine,
+            addr,
+            lambda s, a, t, _: load(machine, s, a, width, t, instr, index, ordered),
+            threads,
+            width,
+        )
     if space in ("global", "const"):
         off = machine.memory.check(addr, width, False, instr, lambda i: machine.thread_name(threads[i]))
         if machine.options.statistics:
@@ -70,7 +76,9 @@ def store(machine, space, addr, width, threads, values, instr, index, ordered=Fa
         if width <= 8:
             machine.memory.words[width][off // width] = values
         else:
-            machine.memory.rows[width][off // width] = np.ascontiguousarray(values).view(np.uint8).reshape(-1, width)
+            machine.memory.rows[width][off // width] = (
+                np.ascontiguousarray(values).view(np.uint8).reshape(-1, width)
+            )
     elif space == "shared":
         off = machine.shared.offsets(addr, width, threads, instr)
         if machine.options.statistics:

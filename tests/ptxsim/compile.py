@@ -56,7 +56,9 @@ def compile_triton(fn, args, arch=80, *, num_warps=4, num_stages=2, constexprs=N
     source = ASTSource(fn, signature=signature, constexprs=keyed, attrs=attributes)
     chosen = {"enable_fp_fusion": True, **options}
     return triton.compile(
-        source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=num_warps, num_stages=num_stages, **chosen)
+        source,
+        target=GPUTarget("cuda", arch, 32),
+        options=dict(num_warps=num_warps, num_stages=num_stages, **chosen),
     )
 
 
@@ -75,7 +77,11 @@ def _specialise(name, value, param):
         value = value.array
         if isinstance(value, tuple):
             return value[0], _NOT_CONSTANT, True
-    if hasattr(value, "dtype") and hasattr(value, "shape") and len(getattr(value, "strides", (1,)) or (1,)) >= 0:
+    if (
+        hasattr(value, "dtype")
+        and hasattr(value, "shape")
+        and len(getattr(value, "strides", (1,)) or (1,)) >= 0
+    ):
         kind = str(value.dtype).removeprefix("torch.")
         return "*" + TYPES[kind], _NOT_CONSTANT, True
     if isinstance(value, bool):
@@ -90,13 +96,21 @@ def _specialise(name, value, param):
     raise LaunchError(f"argument {name!r}: {value!r} has no Triton type")
 
 
-def run_triton(fn, args, *, grid, arch=80, num_warps=4, num_stages=2, constexprs=None, compile_options=None, **options):
+def run_triton(
+    fn, args, *, grid, arch=80, num_warps=4, num_stages=2, constexprs=None, compile_options=None, **options
+):
     """Compile a @triton.jit function for `arch` and execute its PTX: (Report, CompiledKernel).
 
     args as in compile_triton; grid as in run_ptx; further keywords are simulator Options.
     """
     compiled = compile_triton(
-        fn, args, arch, num_warps=num_warps, num_stages=num_stages, constexprs=constexprs, **(compile_options or {})
+        fn,
+        args,
+        arch,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        constexprs=constexprs,
+        **(compile_options or {}),
     )
     return launch_triton(compiled, args, grid=grid, **options), compiled
 
@@ -115,7 +129,12 @@ def launch_triton(compiled, args, *, grid, ptx=None, **options):
     if getattr(meta, "global_scratch_size", 0):
         raise LaunchError("kernels with global scratch memory are not supported")
     return run_ptx(
-        ptx or compiled.asm["ptx"], meta.name, grid=grid, args=[*values, None, None], shared=meta.shared, **options
+        ptx or compiled.asm["ptx"],
+        meta.name,
+        grid=grid,
+        args=[*values, None, None],
+        shared=meta.shared,
+        **options,
     )
 
 
@@ -139,7 +158,17 @@ def compile_cuda(source, arch="80", *, flags=()):
         if not isinstance(source, Path):
             path.write_text(source)
         out = Path(folder) / "kernel.ptx"
-        command = ["nvcc", "-std=c++17", "-O3", f"-arch=compute_{arch}", "-ptx", str(path), "-o", str(out), *flags]
+        command = [
+            "nvcc",
+            "-std=c++17",
+            "-O3",
+            f"-arch=compute_{arch}",
+            "-ptx",
+            str(path),
+            "-o",
+            str(out),
+            *flags,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise LaunchError(f"nvcc failed:\n{done.stderr}")

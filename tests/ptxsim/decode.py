@@ -62,7 +62,9 @@ class Mods:
 
     def done(self):
         if self.left:
-            raise UnsupportedInstruction(f"modifier .{self.left[0]} is not implemented for {self.instr.op}", self.instr)
+            raise UnsupportedInstruction(
+                f"modifier .{self.left[0]} is not implemented for {self.instr.op}", self.instr
+            )
 
 
 def bind(machine, instr, index):

@@ -40,7 +40,9 @@ def run_ptx(ptx, kernel=None, *, grid, block=None, args, shared=0, options=None,
     options = Options(**{**(vars(options) if options else {}), **option_values})
     grid, block = _dims(grid), _block(kernel, block)
     if len(args) != len(kernel.params):
-        raise LaunchError(f"{kernel.name} has {len(kernel.params)} parameters, {len(args)} arguments were given")
+        raise LaunchError(
+            f"{kernel.name} has {len(kernel.params)} parameters, {len(args)} arguments were given"
+        )
     layout = Layout(module, kernel, shared)
     memory = GlobalMemory()
     layout.place_globals(module, kernel, memory)

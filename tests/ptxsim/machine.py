@@ -19,7 +19,11 @@ from .report import Report
 from .shared import SharedMemory
 
 RUN, YIELDED, AT_BARRIER, AT_WARP, AT_MBARRIER, EXITED = range(6)
-WAITS = {AT_BARRIER: "at a barrier", AT_WARP: "for the rest of its warp", AT_MBARRIER: "for an mbarrier phase"}
+WAITS = {
+    AT_BARRIER: "at a barrier",
+    AT_WARP: "for the rest of its warp",
+    AT_MBARRIER: "for an mbarrier phase",
+}
 RESCHEDULE = -1
 SPIN_LIMIT = 256
 NEVER = np.iinfo(np.int32).max
@@ -88,7 +92,11 @@ class Machine:
     def active_warps(self):
         """Global indices of warps with any active thread."""
         if self._warps is None:
-            grid = np.ones((self.blocks * self.warps,), bool) if self.mask is True else self.mask.reshape(-1, 32).any(1)
+            grid = (
+                np.ones((self.blocks * self.warps,), bool)
+                if self.mask is True
+                else self.mask.reshape(-1, 32).any(1)
+            )
             self._warps = np.flatnonzero(grid)
         return self._warps
 
@@ -112,11 +120,11 @@ class Machine:
         self.status[threads] = status
         self.pcs[threads] = pc
 
-    def converge(self, index, member=None):
+    def converge(self, index, member=None, span=32):
         """For warp-wide instructions: restrict the mask to warps whose living threads have all arrived here.
 
-        `member`: the instruction's membermask values, if only the lanes in it must meet. Returns False when no
-        warp is complete, so that the caller must return RESCHEDULE.
+        `member`: the instruction's membermask values, if only the lanes in it must meet. `span`: 128 for warpgroups.
+        Returns False when none is complete, so that the caller must return RESCHEDULE.
         """
         if self.where is True:
             return True
@@ -128,8 +136,8 @@ class Machine:
             masks = np.broadcast_to(member, self.threads)
             wanted = np.bitwise_or.reduce(np.where(here, masks, np.uint32(0)).reshape(-1, 32), axis=1)
             met = met | ((np.repeat(wanted, 32) & lanes) == 0)
-        whole = met.reshape(-1, 32).all(1)
-        ready = here & np.repeat(whole, 32)
+        whole = met.reshape(-1, span).all(1)
+        ready = here & np.repeat(whole, span)
         partial = here & ~ready
         if partial.any():
             self.park(partial, AT_WARP, index)
@@ -175,7 +183,9 @@ class Machine:
                         start = pc
                         return
                     if self.steps > self.options.max_steps:
-                        raise Timeout(f"more than {self.options.max_steps} instructions", self.kernel.instrs[pc - 1])
+                        raise Timeout(
+                            f"more than {self.options.max_steps} instructions", self.kernel.instrs[pc - 1]
+                        )
                 pc = start = action
                 if pc >= self.limit:
                     self.pcs[self.mask_array()] = pc
@@ -183,7 +193,9 @@ class Machine:
         except PtxError:
             raise
         except Exception as e:
-            raise PtxError(f"the simulator failed here: {type(e).__name__}: {e}", self.kernel.instrs[pc]) from e
+            raise PtxError(
+                f"the simulator failed here: {type(e).__name__}: {e}", self.kernel.instrs[pc]
+            ) from e
         finally:
             if pc != start:
                 self._account(start, pc)
@@ -243,7 +255,9 @@ class Machine:
     def _start(self, block_ids):
         self.block_ids = np.resize(block_ids, self.blocks)
         present = np.arange(self.blocks) < len(block_ids)
-        inside = np.tile(np.arange(self.padded) < self.block_threads, self.blocks) & np.repeat(present, self.padded)
+        inside = np.tile(np.arange(self.padded) < self.block_threads, self.blocks) & np.repeat(
+            present, self.padded
+        )
         self.gone = ~inside
         self.status = np.where(inside, RUN, EXITED).astype(np.int8)
         self.pcs = np.zeros(self.threads, np.int32)
@@ -273,7 +287,9 @@ class Machine:
         if len(failures) == 1:
             raise next(iter(failures.values()))
         if failures:
-            raise UnsupportedInstruction(f"{len(failures)} instructions:\n" + "\n".join(map(str, failures.values())))
+            raise UnsupportedInstruction(
+                f"{len(failures)} instructions:\n" + "\n".join(map(str, failures.values()))
+            )
         code.append(self.exit_threads)
         return code
 

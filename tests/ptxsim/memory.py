@@ -122,7 +122,14 @@ class GlobalMemory:
             self._fault(addr, bad, "out of bounds", instr, threads, width)
         bad = (off & (width - 1)) != 0
         if bad.any():
-            self._fault(addr, bad, f"misaligned: a {width}-byte access needs a multiple of {width}", instr, threads, width)
+            self._fault(
+                addr,
+                bad,
+                f"misaligned: a {width}-byte access needs a multiple of {width}",
+                instr,
+                threads,
+                width,
+            )
         state = self.state.reshape(-1, width)
         rows = off // width if width > 1 else off
         seen = state[rows]
@@ -131,18 +138,23 @@ class GlobalMemory:
             self._fault(addr, (seen == FORBIDDEN).any(1), "out of bounds", instr, threads, width)
         if write:
             if high == READ_ONLY:
-                self._fault(addr, (seen == READ_ONLY).any(1), "write to a read-only argument", instr, threads, width)
+                self._fault(
+                    addr, (seen == READ_ONLY).any(1), "write to a read-only argument", instr, threads, width
+                )
             if low != WRITTEN:
                 state[rows] = WRITTEN
         elif low == UNWRITTEN:
-            self._fault(addr, (seen == UNWRITTEN).any(1), "read of bytes never written", instr, threads, width)
+            self._fault(
+                addr, (seen == UNWRITTEN).any(1), "read of bytes never written", instr, threads, width
+            )
         return off
 
     def _fault(self, addr, bad, what, instr, threads, width):
         i = int(np.flatnonzero(bad)[0])
         where = self.describe(int(addr[i]))
         raise MemoryFault(
-            f"global memory, {what}: {width} bytes at {where}, by {threads(i)}; {int(bad.sum())} threads in all", instr
+            f"global memory, {what}: {width} bytes at {where}, by {threads(i)}; {int(bad.sum())} threads in all",
+            instr,
         )
 
 

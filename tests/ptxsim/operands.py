@@ -46,7 +46,11 @@ class Operands:
                 raise UnsupportedInstruction(f"{operand.name} is narrower than .{typ}", instr)
             if want == raw.dtype:
                 return raw
-            return raw.view(want)[:: raw.itemsize // want.itemsize] if raw.itemsize > want.itemsize else raw.view(want)
+            return (
+                raw.view(want)[:: raw.itemsize // want.itemsize]
+                if raw.itemsize > want.itemsize
+                else raw.view(want)
+            )
         if isinstance(operand, Special):
             name = operand.name
             if name == "WARP_SZ":
@@ -54,7 +58,13 @@ class Operands:
             if name not in self.specials:
                 raise UnsupportedInstruction(f"special register {name} is not modelled", instr)
             raw = self.specials[name]
-            return raw if raw.dtype == want else raw.view(want) if raw.itemsize == want.itemsize else raw.astype(want)
+            return (
+                raw
+                if raw.dtype == want
+                else raw.view(want)
+                if raw.itemsize == want.itemsize
+                else raw.astype(want)
+            )
         if isinstance(operand, Imm):
             return self.constant(operand, typ)
         if isinstance(operand, Sym):

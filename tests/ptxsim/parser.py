@@ -140,7 +140,9 @@ _PARAM = re.compile(
     r"([\w$]+)(?:\[(\d+)\])?"
 )
 _REG = re.compile(r"\.reg\s+\.(\w+)\s+([^;]*);")
-_TUNING = re.compile(r"\.(reqntid|maxntid|minnctapersm|maxnreg|maxclusterrank|reqnctapercluster)\s+([\d,\s]+)")
+_TUNING = re.compile(
+    r"\.(reqntid|maxntid|minnctapersm|maxnreg|maxclusterrank|reqnctapercluster)\s+([\d,\s]+)"
+)
 _FLOAT = re.compile(r"0([fFdD])([0-9a-fA-F]+)$")
 _NAME = r"[A-Za-z_$%][\w$]*(?:\.[xyzw])?"
 

@@ -1,12 +1,16 @@
-"""Happens-before between warps over shared memory, at the granularity of the kernel's narrowest shared access.
+"""Happens-before between warps over shared memory, by the granule of the kernel's narrowest shared access.
 
 Every warp has a clock, and knows of every other warp the latest clock it is ordered after (a vector clock). A
-granule of shared memory remembers its last write (clock and warp) and, per warp, its last read. An access races
-when such a record by another warp is later than what the accessing warp knows of it. A block-wide barrier lifts
-everyone's knowledge to now; `floor` is the time up to which all is known to all, so that the common case is one
-comparison. Named barriers and mbarriers join vector clocks of those who take part.
+granule of shared memory remembers its last write (clock and warp) and, per warp, its last read. An access
+races when such a record by another warp is later than what the accessing warp knows of it. A block-wide barrier
+lifts everyone's knowledge to now; `floor` is the time up to which all is known to all, so that the common case
+is one comparison. Named barriers and mbarriers join vector clocks of those who take part.
 
-A clock of PENDING marks bytes of an asynchronous copy in flight: nobody may touch them until it was waited for.
+Asynchronous work has two special marks. A clock of PENDING is on bytes that a copy in flight will write or that a
+matrix product in flight may still read. Bytes that a bulk copy delivered belong to the agent `ASYNC`, whose clock
+warps learn from the mbarrier that the copy completed on, and from nothing else.
+
+Proxies: `fenced` is, per warp, the clock up to which its ordinary writes are visible to asynchronous readers.
 """
 
 import numpy as np
@@ -14,20 +18,21 @@ import numpy as np
 from .errors import RaceFault
 
 AGENT_BITS = 6
-AGENTS = 1 << AGENT_BITS
-AGENT_MASK = AGENTS - 1
+ASYNC = (1 << AGENT_BITS) - 1
+AGENT_MASK = ASYNC
 PENDING = (1 << (32 - AGENT_BITS)) - 1
+ASYNC_START = 1 << 25  # asynchronous clocks lie above every floor, so that they never pass by it
 
 
 class RaceDetector:
     def __init__(self, blocks, warps, shared_bytes, granule, enabled):
-        if warps > AGENTS:
-            raise ValueError(f"{warps} warps a block, at most {AGENTS}")
+        if warps >= ASYNC:
+            raise ValueError(f"{warps} warps a block, at most {ASYNC - 1}")
         self.enabled, self.granule, self.warps, self.blocks = enabled, granule, warps, blocks
         self.granules = shared_bytes // granule
         shape = blocks * self.granules
         self.writes = np.zeros(shape, np.uint32)
-        self.reads = np.zeros((blocks * warps * self.granules if enabled else 0,), np.uint32)
+        self.reads = np.zeros(shape * warps if enabled else 0, np.uint32)
         self.write_pc = np.zeros(shape if enabled else 0, np.int32)
         self.reset()
 
@@ -36,17 +41,24 @@ class RaceDetector:
         self.writes[:] = 0
         self.reads[:] = 0
         self.clock = np.ones((self.blocks, self.warps), np.int64)
-        self.knows = np.zeros((self.blocks, self.warps, self.warps), np.int64)
+        # The last column is the asynchronous agent's.
+        self.knows = np.zeros((self.blocks, self.warps, self.warps + 1), np.int64)
         self.floor = np.zeros(self.blocks, np.int64)
+        self.fenced = np.zeros((self.blocks, self.warps), np.int64)
+        self.async_clock = np.full(self.blocks, ASYNC_START, np.int64)
 
     def stamp(self, block, warp):
         return ((self.clock[block, warp] << AGENT_BITS) | warp).astype(np.uint32)
+
+    # --- what orders warps ---------------------------------------------------------------------------------------
 
     def barrier(self, blocks):
         """Every warp of these blocks met: all that happened so far is ordered before all that follows."""
         latest = self.clock[blocks].max(axis=1)
         self.floor[blocks] = latest
+        known_async = self.knows[blocks, :, -1].max(axis=1)
         self.knows[blocks] = latest[:, None, None]
+        self.knows[blocks, :, -1] = known_async[:, None]
         self.clock[blocks] = latest[:, None] + 1
 
     def release(self, block, warp):
@@ -60,91 +72,149 @@ class RaceDetector:
         """`warp` is now ordered after everything in `known`."""
         np.maximum(self.knows[block, warp], known, out=self.knows[block, warp])
 
-    def read(self, rows, width, block, warp, instr, check_init=True):
-        """Record reads of `width` bytes at row `rows` (in units of width, block offset included)."""
+    def fence_proxy(self, block, warp):
+        """A proxy fence by these warps: ordinary writes they made or know of become visible to async readers."""
+        known = self.knows[block, warp][:, :-1].copy()
+        known[np.arange(len(warp)), warp] = self.clock[block, warp]
+        np.maximum.at(self.fenced, block, known)
+        self.clock[block, warp] += 1
+
+    # --- accesses ------------------------------------------------------------------------------------------------
+
+    def read(self, rows, width, block, warp, check_init=True, asynchronous=False):
+        """Record reads of `width` bytes at `rows` (in units of width, the block's offset included).
+
+        Returns (mask of bad elements or None, what is wrong). Asynchronous reads stay PENDING until `finish_reads`.
+        """
         span = width // self.granule
         seen = self.writes.reshape(-1, span)[rows]
         if check_init and not seen.all():
             return (seen == 0).any(1), "unwritten"
         if not self.enabled:
             return None, ""
-        if ((seen >> AGENT_BITS) > self.floor[block][:, None]).any():
-            bad = self._unordered(seen, block[:, None], warp[:, None]).any(1)
+        bad = self._unordered(seen, block, warp)
+        if bad is not None:
+            return bad, "write"
+        if asynchronous:
+            agent = (seen & AGENT_MASK).astype(np.int64)
+            visible = self.fenced[block[:, None], np.minimum(agent, self.warps - 1)]
+            bad = ((agent != ASYNC) & ((seen >> AGENT_BITS) > visible)).any(1)
             if bad.any():
-                return bad, "write"
-        stride = self.granules // span
-        local = rows - block * stride
-        self.reads.reshape(-1, span)[(block * self.warps + warp) * stride + local] = self.clock[block, warp][:, None]
+                return bad, "proxy"
+        now = PENDING if asynchronous else self.clock[block, warp][:, None]
+        self.reads.reshape(-1, span)[self._read_rows(rows, span, block, warp)] = now
         return None, ""
 
-    def write(self, rows, width, block, warp, pc, instr, pending=False):
-        """Record writes; returns (bad mask, kind) when one races."""
+    def finish_reads(self, rows, width, block, warp):
+        """Asynchronous reads have completed: from now on they are reads that this warp has made."""
+        if self.enabled:
+            span = width // self.granule
+            at = self._read_rows(rows, span, block, warp)
+            self.reads.reshape(-1, span)[at] = self.clock[block, warp][:, None]
+
+    def resume_reads(self, rows, width, block, warp):
+        """Mark reads that are still in flight again, after others of the same bytes finished."""
+        if self.enabled:
+            span = width // self.granule
+            self.reads.reshape(-1, span)[self._read_rows(rows, span, block, warp)] = PENDING
+
+    def write(self, rows, width, block, warp, pc, pending=False):
+        """Record writes; returns (mask of bad elements or None, what is wrong)."""
         span = width // self.granule
         shadow = self.writes.reshape(-1, span)
         if not self.enabled:
-            shadow[rows] = PENDING << AGENT_BITS if pending else 1 << AGENT_BITS
+            shadow[rows] = np.uint32((PENDING if pending else 1) << AGENT_BITS)
             return None, ""
-        seen = shadow[rows]
-        floor = self.floor[block]
-        if ((seen >> AGENT_BITS) > floor[:, None]).any():
-            bad = self._unordered(seen, block[:, None], warp[:, None]).any(1)
-            if bad.any():
-                return bad, "write"
-        stride = self.granules // span
-        local = rows - block * stride
-        base = block * (self.warps * stride) + local
-        others = self.reads.reshape(-1, span)[base[:, None] + np.arange(self.warps) * stride]
-        late = others > floor[:, None, None]
-        late[np.arange(len(rows)), warp] = False
-        if late.any():
-            bad = (others > self.knows[block, warp][:, :, None]) & late
-            if bad.any():
-                return bad.any((1, 2)), "read"
-        mine = np.uint32(PENDING << AGENT_BITS) | warp.astype(np.uint32) if pending else self.stamp(block, warp)
-        shadow[rows] = mine[:, None]
+        bad = self._unordered(shadow[rows], block, warp)
+        if bad is not None:
+            return bad, "write"
+        bad = self._unordered_reads(rows, span, block, warp)
+        if bad is not None:
+            return bad, "read"
+        stamps = self.stamp(block, warp)
+        if pending:
+            stamps = np.uint32(PENDING << AGENT_BITS) | warp.astype(np.uint32)
+        shadow[rows] = stamps[:, None]
         self.write_pc.reshape(-1, span)[rows] = pc
-        lost = shadow[rows] != mine[:, None]
-        if lost.any():
-            return lost.any(1), "same"
-        return None, ""
+        lost = (shadow[rows] != stamps[:, None]).any(1)
+        return (lost, "same") if lost.any() else (None, "")
 
     def land(self, rows, width, block, warp):
-        """A pending copy has arrived: from now on it counts as a write by `warp`."""
+        """A pending copy has arrived, or a synchronising store happened: it counts as a write by `warp` now."""
         span = width // self.granule
-        self.writes.reshape(-1, span)[rows] = (
-            self.stamp(block, warp)[:, None] if self.enabled else np.uint32(1 << AGENT_BITS)
-        )
+        stamps = self.stamp(block, warp)[:, None] if self.enabled else np.uint32(1 << AGENT_BITS)
+        self.writes.reshape(-1, span)[rows] = stamps
+
+    def deliver(self, rows, width, block):
+        """A bulk copy has arrived in one block: its bytes belong to the asynchronous agent. Returns its clock."""
+        span = width // self.granule
+        clock = self.async_clock[block] if self.enabled else 1
+        self.async_clock[block] += 1
+        self.writes.reshape(-1, span)[rows] = np.uint32(int(clock) << AGENT_BITS | ASYNC)
+        return int(clock)
+
+    def _read_rows(self, rows, span, block, warp):
+        stride = self.granules // span
+        return (block * self.warps + warp) * stride + rows - block * stride
 
     def _unordered(self, seen, block, warp):
+        """Mask of rows whose last write the warp isn't ordered after, or None."""
+        if not ((seen >> AGENT_BITS) > self.floor[block][:, None]).any():
+            return None
         clock, agent = (seen >> AGENT_BITS).astype(np.int64), (seen & AGENT_MASK).astype(np.int64)
-        pending = clock == PENDING
-        agent = np.minimum(agent, self.warps - 1)
-        return pending | ((agent != warp) & (clock > self.knows[block, warp, agent]))
+        column = np.where(agent == ASYNC, self.warps, agent)
+        late = clock > self.knows[block[:, None], warp[:, None], column]
+        bad = ((clock == PENDING) | (late & (agent != warp[:, None]))).any(1)
+        return bad if bad.any() else None
 
-    def blame(self, rows, width, block, bad, kind):
-        """Which record the first bad element collided with: (instruction index or None, warp, still in flight)."""
+    def _unordered_reads(self, rows, span, block, warp):
+        stride = self.granules // span
+        base = block * (self.warps * stride) + rows - block * stride
+        others = self.reads.reshape(-1, span)[base[:, None] + np.arange(self.warps) * stride]
+        late = others > self.floor[block][:, None, None]
+        if not late.any():
+            return None
+        late &= others > self.knows[block, warp][:, : self.warps, None]
+        mine = others[np.arange(len(rows)), warp] == PENDING
+        late[np.arange(len(rows)), warp] = mine
+        bad = late.any((1, 2))
+        return bad if bad.any() else None
+
+    # --- explaining ----------------------------------------------------------------------------------------------
+
+    def explain(self, rows, width, block, warp, bad, kind, program, instr, address):
+        """The exception for a finding: who collided with whom, at which bytes."""
         i = int(np.flatnonzero(bad)[0])
         span = width // self.granule
+        who = f"block {int(block[i])} of the group, warp {int(warp[i])}"
+        at = f"shared address {int(address[i]):#x} ({width} bytes)"
+        if kind == "same":
+            return RaceFault(
+                f"{who} and another warp write different values to {at} in this instruction", instr
+            )
         if kind == "read":
             stride = self.granules // span
             local = rows[i] - block[i] * stride
-            who = self.reads.reshape(-1, span)[(block[i] * self.warps + np.arange(self.warps)) * stride + local]
-            return i, None, np.flatnonzero((who > self.floor[block[i]]).any(1)).tolist(), False
-        seen = self.writes.reshape(-1, span)[rows[i]]
-        last = int(seen.max())
-        pc = int(self.write_pc.reshape(-1, span)[rows[i]].max())
-        return i, pc, [last & AGENT_MASK], (last >> AGENT_BITS) == PENDING
-
-
-def fault(detector, rows, width, block, warp, bad, kind, program, instr, address):
-    """Turn a finding into the exception that explains it."""
-    i, pc, warps, in_flight = detector.blame(rows, width, block, bad, kind)
-    who = f"block {int(block[i])}, warp {int(warp[i])}"
-    at = f"shared address {int(address[i]):#x} ({width} bytes)"
-    there = f"line {program[pc].line}: {program[pc].text}" if pc is not None else "an earlier read"
-    if in_flight:
-        raise RaceFault(f"{who} touches {at} while the asynchronous copy of {there} has not been waited for", instr)
-    if kind == "same":
-        raise RaceFault(f"{who} and another warp write different values to {at} in the same instruction", instr)
-    verb = {"write": "was written", "read": "was read"}[kind]
-    raise RaceFault(f"{who} touches {at}, which {verb} by warp {warps} ({there}) with no barrier between", instr)
+            seen = self.reads.reshape(-1, span)[
+                (block[i] * self.warps + np.arange(self.warps)) * stride + local
+            ]
+            if (seen == PENDING).any():
+                return RaceFault(f"{who} overwrites {at} while a wgmma in flight may still read it", instr)
+            readers = np.flatnonzero((seen > self.floor[block[i]]).any(1)).tolist()
+            return RaceFault(
+                f"{who} writes {at}, which warp {readers} has read with no barrier between", instr
+            )
+        last = int(self.writes.reshape(-1, span)[rows[i]].max())
+        there = program[int(self.write_pc.reshape(-1, span)[rows[i]].max())]
+        there = f"line {there.line}: {there.text}"
+        if kind == "proxy":
+            return RaceFault(
+                f"{at} was written by {there}; no fence.proxy.async makes that visible here", instr
+            )
+        if last >> AGENT_BITS == PENDING:
+            return RaceFault(f"{who} touches {at} while the copy of {there} has not been waited for", instr)
+        if last & AGENT_MASK == ASYNC:
+            return RaceFault(f"{who} touches {at} without having waited for the mbarrier of {there}", instr)
+        return RaceFault(
+            f"{who} touches {at}, written by warp {last & AGENT_MASK} ({there}), no barrier between", instr
+        )

@@ -18,7 +18,10 @@ FLOATS = ("f16", "bf16", "f32", "f64", "f16x2", "bf16x2", "f32x2")
 def classify(instr):
     """The class an instruction is counted in."""
     if instr.op in ("ld", "ldu", "st"):
-        space = next((m for m in instr.mods if m.split("::")[0] in ("shared", "global", "param", "local", "const")), "generic")
+        space = next(
+            (m for m in instr.mods if m.split("::")[0] in ("shared", "global", "param", "local", "const")),
+            "generic",
+        )
         kind = "load" if instr.op != "st" else "store"
         return f"{space.split('::')[0]} {kind}"
     if instr.op in CLASSES:
@@ -87,7 +90,9 @@ class Report:
 
     def text(self):
         """A table for people."""
-        rows = [f"{self.kernel.name}: {self.blocks} blocks, {int(self.per_instruction.sum())} warp instructions"]
+        rows = [
+            f"{self.kernel.name}: {self.blocks} blocks, {int(self.per_instruction.sum())} warp instructions"
+        ]
         rows += [f"  {n:>12,}  {name}" for name, n in self.by_class().items()]
         for line, extra in self.bank_conflicts().items():
             rows.append(f"  bank conflicts: {extra} extra wavefronts at line {line}")
@@ -121,7 +126,9 @@ def shared_wavefronts(addr, width, warps):
 def global_sectors(addr, width, warps):
     """(sectors touched, fewest possible, requests) of one warp-wide global access."""
     sectors = (addr.astype(np.int64)[:, None] + np.arange(0, width, min(width, 32))) // 32
-    touched = np.unique(np.repeat(warps, sectors.shape[1]).astype(np.int64) << 48 | sectors.ravel() & ((1 << 48) - 1))
+    touched = np.unique(
+        np.repeat(warps, sectors.shape[1]).astype(np.int64) << 48 | sectors.ravel() & ((1 << 48) - 1)
+    )
     unique = np.unique(warps.astype(np.int64) << 48 | addr.astype(np.int64) & ((1 << 48) - 1)) >> 48
     requests, per = np.unique(unique, return_counts=True)
     return len(touched), int((-(-per * width // 32)).sum()), len(requests)

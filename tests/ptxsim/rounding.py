@@ -108,4 +108,6 @@ def f64_to_bf16(x):
     bits = f.view(np.int32)
     wrong = (f.astype(np.float64) != x) & np.isfinite(f) & ((bits & 1) == 0)
     outward = (np.abs(f.astype(np.float64)) < np.abs(x)) & wrong
-    return f32_to_bf16(np.where(wrong, bits + np.where(outward, 1, -1), bits).astype(np.int32).view(np.float32))
+    return f32_to_bf16(
+        np.where(wrong, bits + np.where(outward, 1, -1), bits).astype(np.int32).view(np.float32)
+    )

@@ -81,7 +81,9 @@ def _copy(machine, instr, mods, index, state):
     origin = access.address(machine, instr.operands[1], instr)
     width = instr.operands[2].value
     if width not in ((16,) if cache == "cg" else (4, 8, 16)):
-        raise UnsupportedInstruction(f"cp.async.{cache} copies {'16' if cache == 'cg' else '4, 8 or 16'} bytes", instr)
+        raise UnsupportedInstruction(
+            f"cp.async.{cache} copies {'16' if cache == 'cg' else '4, 8 or 16'} bytes", instr
+        )
     size = _source_size(machine, instr, width)
 
     def run():
@@ -132,7 +134,9 @@ def _read(machine, addr, width, wanted, threads, instr, index):
 
 def _read_part(machine, addr, size, width, chosen, threads, values, instr, index):
     if (addr[chosen] % np.uint64(width)).any():
-        access.load(machine, "global", addr[chosen], width, threads[chosen], instr, index)  # raises: misaligned
+        access.load(
+            machine, "global", addr[chosen], width, threads[chosen], instr, index
+        )  # raises: misaligned
     for byte in range(size):
         at = addr[chosen] + np.uint64(byte)
         values[chosen, byte] = access.load(machine, "global", at, 1, threads[chosen], instr, index)

@@ -79,7 +79,9 @@ class BarrierState:
 
     def meet_all(self):
         m = self.machine
-        m.shared.races.barrier(np.unique(m.block_of[m.active()]) if m.mask is not True else np.arange(m.blocks))
+        m.shared.races.barrier(
+            np.unique(m.block_of[m.active()]) if m.mask is not True else np.arange(m.blocks)
+        )
 
     def arrive(self, number, count, only_arrive, reduction, index, instr):
         from ..machine import AT_BARRIER, RESCHEDULE
@@ -105,10 +107,14 @@ class BarrierState:
 
     def _expect(self, block, name, count, instr):
         if count % 32:
-            raise UnsupportedInstruction(f"a barrier's thread count must be a multiple of 32, not {count}", instr)
+            raise UnsupportedInstruction(
+                f"a barrier's thread count must be a multiple of 32, not {count}", instr
+            )
         old = self.expected.setdefault((block, name), count)
         if old != count:
-            raise UnsupportedInstruction(f"barrier {name} is used with counts {old} and {count} at once", instr)
+            raise UnsupportedInstruction(
+                f"barrier {name} is used with counts {old} and {count} at once", instr
+            )
 
     def check_all(self):
         """Threads have exited: barriers that wait for all the living may be complete."""

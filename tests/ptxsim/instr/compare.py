@@ -161,7 +161,9 @@ def _set(machine, instr, out, first, result, combine):
             one = 0x3C00 if out == "f16x2" else 0x3F80
             machine.put(d, np.where(yes, one, 0).astype(np.uint16).view(np.uint32))
         elif out in ("f16", "bf16"):
-            machine.put(d, np.where(yes, 0x3C00 if out == "f16" else 0x3F80, 0).astype(np.uint16).view(d.dtype))
+            machine.put(
+                d, np.where(yes, 0x3C00 if out == "f16" else 0x3F80, 0).astype(np.uint16).view(d.dtype)
+            )
         else:
             machine.put(d, -yes.astype(d.dtype))
 

@@ -42,7 +42,11 @@ def _destination(machine, instr, to):
 
 
 def _widen(values, to, d):
-    return values if values.dtype.itemsize == d.dtype.itemsize else values.view(f"u{values.dtype.itemsize}").astype(d.dtype)
+    return (
+        values
+        if values.dtype.itemsize == d.dtype.itemsize
+        else values.view(f"u{values.dtype.itemsize}").astype(d.dtype)
+    )
 
 
 def _integers(machine, d, s, to, sat):

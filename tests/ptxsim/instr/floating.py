@@ -42,7 +42,11 @@ class _Form:
 
     @staticmethod
     def _pairs(a):
-        return a.view(np.float32).reshape(-1, 2) if a.ndim else np.frombuffer(a.tobytes(), np.float32).reshape(1, 2)
+        return (
+            a.view(np.float32).reshape(-1, 2)
+            if a.ndim
+            else np.frombuffer(a.tobytes(), np.float32).reshape(1, 2)
+        )
 
     def inputs(self):
         return [flush(np.array(a)) for a in self.args] if self.ftz and self.typ != "f64" else self.args
@@ -66,7 +70,9 @@ def _exact(function, args, mode, typ):
         raise ValueError("directed rounding of f64")
     a, b = (np.asarray(x, np.float64) for x in args)
     if function is np.add or function is np.subtract:
-        return rounding.to_f32(rounding.odd_sum(*np.broadcast_arrays(a, b if function is np.add else -b)), mode)
+        return rounding.to_f32(
+            rounding.odd_sum(*np.broadcast_arrays(a, b if function is np.add else -b)), mode
+        )
     return rounding.to_f32(function(a, b), mode)
 
 
@@ -162,7 +168,6 @@ def copysign_float(machine, instr, mods):
     d = machine.dst(instr.operands[0], typ, instr)
     sign, magnitude = (machine.src(o, typ, instr) for o in instr.operands[1:3])
     return computed(machine, d, lambda: np.copysign(magnitude, sign))
-
 
 
 APPROXIMATE = {

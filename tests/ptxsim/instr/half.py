@@ -52,7 +52,9 @@ class Form:
             codes = rounding.f64_to_bf16(wide) if wide.dtype == np.float64 else rounding.f32_to_bf16(wide)
         else:
             h = wide.astype(np.float16)
-            codes = np.where(np.isnan(h), 0x7FFF, (_flush_half(h) if self.ftz else h).view(np.uint16)).astype(np.uint16)
+            codes = np.where(np.isnan(h), 0x7FFF, (_flush_half(h) if self.ftz else h).view(np.uint16)).astype(
+                np.uint16
+            )
         self.put_codes(codes)
 
     def put_codes(self, codes):

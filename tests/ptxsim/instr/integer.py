@@ -91,7 +91,11 @@ def _product(a, b, typ, half):
     if bits < 64:
         wide = np.dtype(f"{'i' if signed else 'u'}{bits // 4}").type
         product = np.multiply(a, b, dtype=wide)
-        return product if half == "wide" else (product >> wide(bits)).astype(f"{'i' if signed else 'u'}{bits // 8}")
+        return (
+            product
+            if half == "wide"
+            else (product >> wide(bits)).astype(f"{'i' if signed else 'u'}{bits // 8}")
+        )
     high = _mul_hi_u64(np.asarray(a).view(np.uint64), np.asarray(b).view(np.uint64))
     if signed:  # high word of the signed product: subtract the other factor for each negative one
         ua, ub = np.asarray(a).view(np.uint64), np.asarray(b).view(np.uint64)
@@ -248,7 +252,11 @@ def extract(machine, instr, mods, index):
         start, count = (pos & np.uint32(255)).astype(np.int64), (length & np.uint32(255)).astype(np.int64)
         wide = np.asarray(a).view(f"u{bits // 8}").astype(np.uint64)
         field = np.where(start < bits, wide >> np.minimum(start, bits - 1).astype(np.uint64), np.uint64(0))
-        mask = np.where(count >= 64, ~np.uint64(0), (np.uint64(1) << np.minimum(count, 63).astype(np.uint64)) - np.uint64(1))
+        mask = np.where(
+            count >= 64,
+            ~np.uint64(0),
+            (np.uint64(1) << np.minimum(count, 63).astype(np.uint64)) - np.uint64(1),
+        )
         field = field & mask
         if signed:
             top = np.minimum(start + count - 1, bits - 1)
@@ -257,7 +265,11 @@ def extract(machine, instr, mods, index):
             # A field that reaches beyond the source is filled with the source's sign.
             beyond = (start + count > bits) & (count > 0) & (sign == 1)
             have = np.maximum(bits - start, 0)
-            fill = np.where(have >= 64, np.uint64(0), ~((np.uint64(1) << np.minimum(have, 63).astype(np.uint64)) - np.uint64(1)))
+            fill = np.where(
+                have >= 64,
+                np.uint64(0),
+                ~((np.uint64(1) << np.minimum(have, 63).astype(np.uint64)) - np.uint64(1)),
+            )
             field = np.where(beyond, field | fill, field)
         return field.astype(f"u{bits // 8}").view(d.dtype)
 
@@ -295,7 +307,10 @@ def bitmask(machine, instr, mods, index):
 
     def compute():
         limit = np.uint32(31) if mode == "wrap" else np.uint32(255)
-        start, count = np.minimum(pos & limit, 32).astype(np.uint64), np.minimum(length & limit, 32).astype(np.uint64)
+        start, count = (
+            np.minimum(pos & limit, 32).astype(np.uint64),
+            np.minimum(length & limit, 32).astype(np.uint64),
+        )
         return (((np.uint64(1) << count) - np.uint64(1)) << start).astype(np.uint32)
 
     return computed(machine, d, compute)
@@ -315,7 +330,9 @@ def permute(machine, instr, mods, index):
         for i in range(4):
             nibble = (np.asarray(selector).astype(np.uint64) >> np.uint64(4 * i)) & np.uint64(15)
             byte = (pool >> (np.uint64(8) * (nibble & np.uint64(7)))) & np.uint64(255)
-            byte = np.where(nibble & np.uint64(8), np.where(byte & np.uint64(128), np.uint64(255), np.uint64(0)), byte)
+            byte = np.where(
+                nibble & np.uint64(8), np.where(byte & np.uint64(128), np.uint64(255), np.uint64(0)), byte
+            )
             result |= byte << np.uint64(8 * i)
         return result.astype(np.uint32)
 
@@ -336,7 +353,9 @@ def count_bits(machine, instr, mods, index):
     def spread():
         value = a if typ[0] != "s" else np.where(a < 0, ~a, a)
         value = np.broadcast_to(np.ascontiguousarray(value), machine.threads).copy().view(f"u{bits // 8}")
-        return np.unpackbits(value.view(np.uint8).reshape(machine.threads, bits // 8), axis=1, bitorder="little")
+        return np.unpackbits(
+            value.view(np.uint8).reshape(machine.threads, bits // 8), axis=1, bitorder="little"
+        )
 
     def compute():
         b = spread()

@@ -109,7 +109,9 @@ def movmatrix(machine, instr, mods, index):
 
     def body():
         warps = machine.active_warps()
-        halves = np.ascontiguousarray(by_warp(s, warps, machine)).view(np.uint16).reshape(-1, 8, 8).swapaxes(1, 2)
+        halves = (
+            np.ascontiguousarray(by_warp(s, warps, machine)).view(np.uint16).reshape(-1, 8, 8).swapaxes(1, 2)
+        )
         put_by_warp(machine, d, np.ascontiguousarray(halves).view(np.uint32).reshape(-1, 32), warps)
 
     return collective(machine, index, body)
@@ -133,7 +135,14 @@ def mma(machine, instr, mods, index):
     d_type, a_type, b_type, c_type = (mods.type() for _ in range(4))
     mods.done()
     k = int(shape.rsplit("k", 1)[1])
-    if a_type != b_type or (a_type, k) not in {("f16", 16), ("f16", 8), ("bf16", 16), ("bf16", 8), ("tf32", 8), ("tf32", 4)}:
+    if a_type != b_type or (a_type, k) not in {
+        ("f16", 16),
+        ("f16", 8),
+        ("bf16", 16),
+        ("bf16", 8),
+        ("tf32", 8),
+        ("tf32", 4),
+    }:
         raise UnsupportedInstruction(f"mma {shape} of {a_type} and {b_type} is not implemented", instr)
     if d_type != c_type or d_type not in ("f32", "f16"):
         raise UnsupportedInstruction(f"mma accumulating {c_type} into {d_type} is not implemented", instr)
@@ -184,5 +193,3 @@ def _add_and_store(machine, d, c, product, warps, half_out):
         results.append(np.ascontiguousarray(total).view(np.uint32).reshape(n, 32))
     for reg, values in zip(d, results, strict=True):
         put_by_warp(machine, reg, values, warps)
-
-

@@ -48,7 +48,9 @@ def ld(machine, instr, mods, index):
 
     def run():
         threads = machine.active()
-        raw = access.load(machine, form.space, where(threads), form.width, threads, instr, index, form.ordered)
+        raw = access.load(
+            machine, form.space, where(threads), form.width, threads, instr, index, form.ordered
+        )
         if form.vec == 1:
             writers[0](threads, raw)
             return
@@ -92,7 +94,9 @@ def st(machine, instr, mods, index):
         for i, s in enumerate(sources):
             columns[:, i] = s if s.ndim == 0 or threads is machine.everyone else s[threads]
         values = columns.view(f"u{form.width}").reshape(-1) if form.width <= 8 else columns
-        access.store(machine, form.space, where(threads), form.width, threads, values, instr, index, form.ordered)
+        access.store(
+            machine, form.space, where(threads), form.width, threads, values, instr, index, form.ordered
+        )
 
     return run
 
@@ -188,8 +192,16 @@ def _turns(addr):
 
 @handles("fence", "membar")
 def fence(machine, instr, mods, index):
-    """Memory order between threads needs barriers as well, and those carry it here; a fence alone changes nothing."""
-    return lambda: None
+    """Order between threads comes from barriers; only a proxy fence changes what is tracked."""
+    if "proxy" not in mods.left or not any(m.startswith("async") for m in mods.left):
+        return lambda: None
+    warps = machine.warps
+
+    def run():
+        active = machine.active_warps()
+        machine.shared.races.fence_proxy(active // warps, active % warps)
+
+    return run
 
 
 @handles("createpolicy")

@@ -7,12 +7,12 @@ from ..errors import UnsupportedInstruction
 from ..parser import Pair
 
 
-def collective(machine, index, body, member=None):
+def collective(machine, index, body, member=None, span=32):
     """Run body once each warp's living threads (those in `member`, if given) have all arrived."""
     from ..machine import RESCHEDULE
 
     def run():
-        return body() if machine.converge(index, member) else RESCHEDULE
+        return body() if machine.converge(index, member, span) else RESCHEDULE
 
     return run
 

@@ -181,6 +181,50 @@ FASTATTN_API fastattn_status fastattn_cpu_dropout_mask(uint64_t seed, float drop
                                                        int64_t num_heads, int64_t seqlen_q,
                                                        int64_t seqlen_k, uint8_t* keep);
 
+/* ---- CUDA -----------------------------------------------------------------------------------
+ *
+ * The same problem and result structs, with every pointer in them device memory of the current device.
+ * Calls enqueue kernels on a stream and return; they neither synchronise nor allocate. Beyond the
+ * limits above: lengths below 2^28, |stride_n| of q, k, v, out and their gradients below 2^31 elements,
+ * bias_dtype FASTATTN_F32 or that of q. */
+
+/* How a call is to run. */
+typedef struct {
+  uint32_t struct_size;
+  int32_t num_splits; /* forward only: parts the keys are divided into, at least 1 */
+  void* stream;       /* cudaStream_t */
+  void* workspace;    /* device memory, 256-byte aligned; its content is overwritten */
+  int64_t workspace_bytes;
+  const uint64_t* dropout_seed; /* device memory, replaces problem->dropout_seed; NULL: that one */
+} fastattn_cuda_launch;
+
+/* What this library was built for, e.g. "sm_80,compute_80": machine code for one architecture each, and
+ * PTX that the driver translates for newer ones. */
+FASTATTN_API const char* fastattn_cuda_architectures(void);
+
+/* Of device `device`: 10 * major + minor of its compute capability, and its multiprocessors. */
+FASTATTN_API fastattn_status fastattn_cuda_device(int32_t device, int32_t* capability, int32_t* num_sms);
+
+/* The number of splits that fills a device of num_sms multiprocessors where queries are few (decoding). */
+FASTATTN_API int32_t fastattn_cuda_num_splits(const fastattn_problem* problem, int32_t num_sms);
+
+/* Bytes of workspace that a call of the same arguments needs; addresses in the structs count only by
+ * being null or not and by their alignment. */
+FASTATTN_API fastattn_status fastattn_cuda_forward_workspace(const fastattn_problem* problem,
+                                                             int32_t num_splits, int64_t* bytes);
+FASTATTN_API fastattn_status fastattn_cuda_backward_workspace(const fastattn_problem* problem,
+                                                              const fastattn_backward_io* io,
+                                                              int64_t* bytes);
+
+/* In the packed layout rows beyond the last sequence are set to 0 (lse: -inf), and offsets that leave
+ * the tensor are cut off at its end. */
+FASTATTN_API fastattn_status fastattn_cuda_forward(const fastattn_problem* problem,
+                                                   const fastattn_forward_result* result,
+                                                   const fastattn_cuda_launch* launch);
+FASTATTN_API fastattn_status fastattn_cuda_backward(const fastattn_problem* problem,
+                                                    const fastattn_backward_io* io,
+                                                    const fastattn_cuda_launch* launch);
+
 #ifdef __cplusplus
 }
 #endif

@@ -57,7 +57,7 @@ _NOTHING_OPTIONAL = (None,) * 7
 
 
 def fixed_part(problem: AttentionProblem) -> bytes:
-    """The front of fastattn_problem, the same for every call; without optional tensors, all but q, k and v."""
+    """The front of fastattn_problem, the same for every call: all but q, k, v and optional tensors."""
     fixed = _FIXED.pack(
         _PROBLEM_SIZE,
         DTYPES[problem.dtype],

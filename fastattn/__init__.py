@@ -7,6 +7,7 @@ transformers integration loads when `patch` is first used.
 from . import errors
 from .attention import attention, prefix_attention, varlen_attention
 from .dispatch import backends
+from .explain import Explanation, explain
 
 __version__ = "0.1.0"
 
@@ -18,9 +19,11 @@ _LAZY = {
 }
 
 __all__ = [
+    "Explanation",
     "attention",
     "backends",
     "errors",
+    "explain",
     "prefix_attention",
     "varlen_attention",
     *_LAZY,

@@ -220,29 +220,36 @@ def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[
 def _attend(
     inputs, max_seqlen_q, max_seqlen_k, causal, scale, window, softcap, dropout_p, seed, return_lse, backend,
 ):  # fmt: skip
+    inputs, options = normalise(
+        inputs, max_seqlen_q, max_seqlen_k, causal, scale, window, softcap, dropout_p, seed, backend
+    )
+    if backend == "reference":
+        out, lse = _reference(inputs, options)
+    else:
+        out, lse = ops.attend(inputs, options, backend, return_lse)
+    return (out, lse) if return_lse else out
+
+
+def normalise(
+    inputs, max_seqlen_q, max_seqlen_k, causal, scale, window, softcap, dropout_p, seed, backend,
+) -> tuple[AttentionInputs, AttentionOptions]:  # fmt: skip
+    """The arguments of a public function as the op takes them, types checked; `validate` checks the rest."""
     q = inputs.q
-    for tensor in inputs[:3]:
+    for name, tensor in zip("qkv", inputs[:3], strict=True):
         if not isinstance(tensor, Tensor):
-            raise InvalidArgumentError("q, k, v", f"a {type(tensor).__name__} among them", "torch.Tensor")
+            _check_tensor(name, tensor)
     if inputs[3:] != _NO_OPTIONAL_TENSORS:
         inputs = _check_optional(inputs)
     if dropout_p:
         inputs = inputs._replace(seed=_seed_tensor(seed, q, dropout_p))
-    remember = _options.__wrapped__ if torch.compiler.is_compiling() else _options
+    head_dim = q.shape[-1] if q.dim() else 1
+    settings = (head_dim, causal, scale, window, softcap, dropout_p, max_seqlen_q, max_seqlen_k, backend)
+    if torch.compiler.is_compiling():
+        return inputs, _options.__wrapped__(*settings)
     try:
-        options = remember(
-            q.shape[-1], causal, scale, window, softcap, dropout_p, max_seqlen_q, max_seqlen_k, backend
-        )
-    except TypeError:  # something in there can't be hashed: a list for the window, or a mistake
-        options = _options.__wrapped__(
-            q.shape[-1], causal, scale, window, softcap, dropout_p, max_seqlen_q, max_seqlen_k, backend
-        )
-    out, lse = (
-        _reference(inputs, options)
-        if backend == "reference"
-        else ops.attend(inputs, options, backend, return_lse)
-    )
-    return (out, lse) if return_lse else out
+        return inputs, _options(*settings)
+    except TypeError:  # one can't be hashed: a list for the window, or a mistake
+        return inputs, _options.__wrapped__(*settings)
 
 
 def _reference(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:

@@ -43,8 +43,8 @@ _library.define(
 forward = torch.ops.fastattn.forward.default
 backward = torch.ops.fastattn.backward.default
 
-_DIFFERENTIABLE = ("q", "k", "v", "bias", "relative_bias")  # the order of `needs` and of Gradients
-_DIFFERENTIABLE_AT = tuple(AttentionInputs._fields.index(name) for name in _DIFFERENTIABLE)
+DIFFERENTIABLE = ("q", "k", "v", "bias", "relative_bias")  # the order of `needs` and of Gradients
+_DIFFERENTIABLE_AT = tuple(AttentionInputs._fields.index(name) for name in DIFFERENTIABLE)
 
 
 # ---- the kernel layer: what fills memory, and what only allocates it
@@ -239,6 +239,12 @@ _gradients_once = once_differentiable(_gradients)
 
 def _differentiable(inputs) -> tuple:
     return tuple(inputs[at] for at in _DIFFERENTIABLE_AT)
+
+
+def gradients_needed(inputs: AttentionInputs) -> tuple[bool, ...]:
+    """Which of DIFFERENTIABLE would get a gradient if attention were called now."""
+    recording = torch.is_grad_enabled()
+    return tuple(recording and x is not None and x.requires_grad for x in _differentiable(inputs))
 
 
 def _needs_grad(inputs) -> bool:

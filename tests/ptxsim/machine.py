@@ -106,6 +106,15 @@ class Machine:
         if mask is not True and not (mask | self.gone).all():
             self.where = mask
         self._active = self._warps = None
+        self._spans = {}
+
+    def _whole(self, span):
+        """Whether the mask holds all or none of the living threads of every warp (or warpgroup)."""
+        if span not in self._spans:
+            met = (self.mask | self.gone).reshape(-1, span).all(1)
+            some = self.mask.reshape(-1, span).any(1)
+            self._spans[span] = bool((met | ~some).all())
+        return self._spans[span]
 
     def mask_array(self):
         return np.ones(self.threads, bool) if self.mask is True else self.mask
@@ -126,7 +135,7 @@ class Machine:
         `member`: the instruction's membermask values, if only the lanes in it must meet. `span`: 128 for warpgroups.
         Returns False when none is complete, so that the caller must return RESCHEDULE.
         """
-        if self.where is True:
+        if self.where is True or (not self.warps_wait and self._whole(span)):
             return True
         waiting = (self.status == AT_WARP) & (self.pcs == index)
         here = self.mask | waiting
@@ -141,6 +150,9 @@ class Machine:
         partial = here & ~ready
         if partial.any():
             self.park(partial, AT_WARP, index)
+            self.warps_wait = True
+        elif waiting.any():
+            self.warps_wait = bool(((self.status == AT_WARP) & ~ready).any())
         if not ready.any():
             return False
         self.status[ready] = RUN
@@ -262,6 +274,7 @@ class Machine:
         self.status = np.where(inside, RUN, EXITED).astype(np.int8)
         self.pcs = np.zeros(self.threads, np.int32)
         self.steps = self.spins = 0
+        self.warps_wait = False
         self.operands.reset()
         self.shared.reset()
         self.local[:] = 0xFF

@@ -15,24 +15,25 @@ from .warp import collective
 
 
 def registers(machine, operand, typ, instr, writable=False):
-    """The register views behind {a, b, ...} or a single register."""
+    """The registers behind {a, b, ...}, or a single one, as Rows."""
     items = operand.items if isinstance(operand, Vec) else (operand,)
     get = machine.dst if writable else machine.src
-    return [get(o, typ, instr) for o in items]
+    return [Rows(machine, get(o, typ, instr)) for o in items]
 
 
-def by_warp(array, warps, machine):
-    """A register as (warps, 32): all warps, or the chosen ones."""
-    rows = np.broadcast_to(array, machine.threads).reshape(-1, 32)
-    return rows if machine.mask is True else rows[warps]
+class Rows:
+    """A register seen as (warps, 32), read and written for all warps or for chosen ones."""
 
+    def __init__(self, machine, array):
+        self.machine = machine
+        whole = array if np.ndim(array) else np.full(machine.threads, array)
+        self.rows = whole.reshape(-1, 32)
 
-def put_by_warp(machine, d, values, warps):
-    """Inverse of by_warp for a destination."""
-    if machine.mask is True:
-        d.reshape(-1, 32)[...] = values
-    else:
-        d.reshape(-1, 32)[warps] = values
+    def get(self, warps):
+        return self.rows if self.machine.mask is True else self.rows[warps]
+
+    def put(self, warps, values):
+        self.rows[slice(None) if self.machine.mask is True else warps] = values
 
 
 def _matrix_form(instr, mods):
@@ -71,7 +72,7 @@ def ldmatrix(machine, instr, mods, index):
             words = rows.view(np.uint32)
         words = words.reshape(len(warps), count, 32)
         for i in range(count):
-            put_by_warp(machine, d[i], words[:, i], warps)
+            d[i].put(warps, words[:, i])
 
     return collective(machine, index, body)
 
@@ -86,7 +87,7 @@ def stmatrix(machine, instr, mods, index):
         warps = machine.active_warps()
         words = np.empty((len(warps), count, 32), np.uint32)
         for i in range(count):
-            words[:, i] = by_warp(s[i], warps, machine)
+            words[:, i] = s[i].get(warps)
         if transposed:
             halves = words.view(np.uint16).reshape(len(warps), count, 8, 8).swapaxes(2, 3)
             words = np.ascontiguousarray(halves).view(np.uint32)
@@ -105,14 +106,13 @@ def movmatrix(machine, instr, mods, index):
     mods.need("trans")
     mods.need("b16")
     mods.done()
-    d, s = machine.dst(instr.operands[0], "b32", instr), machine.src(instr.operands[1], "b32", instr)
+    (d,) = registers(machine, instr.operands[0], "b32", instr, writable=True)
+    (s,) = registers(machine, instr.operands[1], "b32", instr)
 
     def body():
         warps = machine.active_warps()
-        halves = (
-            np.ascontiguousarray(by_warp(s, warps, machine)).view(np.uint16).reshape(-1, 8, 8).swapaxes(1, 2)
-        )
-        put_by_warp(machine, d, np.ascontiguousarray(halves).view(np.uint32).reshape(-1, 32), warps)
+        halves = np.ascontiguousarray(s.get(warps)).view(np.uint16).reshape(-1, 8, 8).swapaxes(1, 2)
+        d.put(warps, np.ascontiguousarray(halves).view(np.uint32).reshape(-1, 32))
 
     return collective(machine, index, body)
 
@@ -163,10 +163,10 @@ def mma(machine, instr, mods, index):
         n = len(warps)
         left = np.empty((n, 2, 8, 4, steps), np.uint32)
         for i, reg in enumerate(a):
-            left[:, i % 2, :, :, i // 2] = by_warp(reg, warps, machine).reshape(n, 8, 4)
+            left[:, i % 2, :, :, i // 2] = reg.get(warps).reshape(n, 8, 4)
         right = np.empty((n, 8, 4, steps), np.uint32)
         for i, reg in enumerate(b):
-            right[..., i] = by_warp(reg, warps, machine).reshape(n, 8, 4)
+            right[..., i] = reg.get(warps).reshape(n, 8, 4)
         # k is ordered (position, register, neighbour) on both sides, so no permutation is needed.
         left = decode_elements(left.reshape(-1), a_type).reshape(n, 16, k)
         right = decode_elements(right.reshape(-1), a_type).reshape(n, 8, k)
@@ -182,14 +182,14 @@ def _add_and_store(machine, d, c, product, warps, half_out):
     if not half_out:
         results = []
         for i, reg in enumerate(c):
-            results.append(product[:, i // 2, :, :, i % 2].reshape(n, 32) + by_warp(reg, warps, machine))
+            results.append(product[:, i // 2, :, :, i % 2].reshape(n, 32) + reg.get(warps))
         for reg, values in zip(d, results, strict=True):
-            put_by_warp(machine, reg, values, warps)
+            reg.put(warps, values)
         return
     results = []
     for i, reg in enumerate(c):
-        old = np.ascontiguousarray(by_warp(reg, warps, machine)).view(np.float16).reshape(n, 8, 4, 2)
+        old = np.ascontiguousarray(reg.get(warps)).view(np.float16).reshape(n, 8, 4, 2)
         total = (old.astype(np.float32) + product[:, i]).astype(np.float16)
         results.append(np.ascontiguousarray(total).view(np.uint32).reshape(n, 32))
     for reg, values in zip(d, results, strict=True):
-        put_by_warp(machine, reg, values, warps)
+        reg.put(warps, values)

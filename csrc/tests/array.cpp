@@ -44,6 +44,12 @@ double Array::get_flat(int64_t index) const {
   return dtype_ == FASTATTN_F16 ? half_to_float(half) : bits_to_float(static_cast<uint32_t>(half) << 16);
 }
 
+std::vector<double> Array::values() const {
+  std::vector<double> all(memory_.bytes() / size_of(dtype_));
+  for (size_t index = 0; index < all.size(); ++index) all[index] = get_flat(static_cast<int64_t>(index));
+  return all;
+}
+
 void Array::set(int64_t a, int64_t b, int64_t c, int64_t d, double value) {
   const float rounded = static_cast<float>(value);
   const int64_t index = offset(a, b, c, d);

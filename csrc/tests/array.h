@@ -82,16 +82,19 @@ uint16_t float_to_bfloat(float value);
 
 inline size_t size_of(int dtype) { return dtype == FASTATTN_F32 ? 4 : 2; }
 
-// A four-dimensional array; a dimension of stride 0 is broadcast. What lies between its elements
-// ("gaps") stays poisoned, and is compared after a call that must not touch it.
+// A four-dimensional array; a dimension of stride 0 is broadcast and counts as one element, also where the
+// problem has none. What lies between its elements ("gaps") is poisoned, and compared after a call that
+// must not touch it.
 class Array {
  public:
   Array() = default;
   Array(int dtype, std::vector<int64_t> shape, std::vector<int64_t> stride, Edge edge)
       : dtype_(dtype), shape_(shape), stride_(stride) {
     int64_t extent = 1;
-    for (size_t axis = 0; axis < shape.size(); ++axis)
-      extent = shape[axis] == 0 || extent == 0 ? 0 : extent + (shape[axis] - 1) * stride[axis];
+    for (size_t axis = 0; axis < shape.size(); ++axis) {
+      if (stride[axis] == 0) shape_[axis] = 1;
+      extent = shape_[axis] == 0 || extent == 0 ? 0 : extent + (shape_[axis] - 1) * stride[axis];
+    }
     memory_ = GuardedMemory(static_cast<size_t>(extent) * size_of(dtype), edge);
   }
 
@@ -109,6 +112,8 @@ class Array {
   double get(int64_t a, int64_t b, int64_t c, int64_t d) const { return get_flat(offset(a, b, c, d)); }
   void set(int64_t a, int64_t b, int64_t c, int64_t d, double value);
   double get_flat(int64_t index) const;
+  // All of the memory, gaps included; index by offset().
+  std::vector<double> values() const;
 
   template <class F>
   void for_each(F visit) const {

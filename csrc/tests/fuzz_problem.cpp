@@ -53,6 +53,7 @@ int64_t extent(std::initializer_list<int64_t> shape, std::initializer_list<int64
   __int128 span = 1;
   auto step = stride.begin();
   for (int64_t size : shape) {
+    if (*step == 0 && size == 0) size = 1;  // broadcast over nothing is still one element
     if (size == 0) return 0;
     if (size < 0 || *step < 0) return -1;
     span += static_cast<__int128>(size - 1) * *step++;

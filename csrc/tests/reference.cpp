@@ -42,10 +42,10 @@ bool Reference::visible(int64_t b, int64_t i, int64_t j) const {
 double Reference::score(int64_t b, int64_t h, int64_t i, int64_t j, double* derivative) const {
   const Case& c = x_.what;
   const int64_t kv_head = h / (c.num_heads / c.num_kv_heads);
+  const double* const query = &q_[x_.q.offset(x_.sequence(b), h, x_.row_q(b, i), 0)];
+  const double* const key = &k_[x_.k.offset(x_.sequence(b), kv_head, x_.row_k(b, j), 0)];
   double s = 0;
-  for (int64_t d = 0; d < c.head_dim; ++d)
-    s +=
-        x_.q.get(x_.sequence(b), h, x_.row_q(b, i), d) * x_.k.get(x_.sequence(b), kv_head, x_.row_k(b, j), d);
+  for (int64_t d = 0; d < c.head_dim; ++d) s += query[d] * key[d];
   s *= c.softmax_scale;
   *derivative = 1;
   if (c.softcap > 0) {
@@ -60,7 +60,8 @@ double Reference::score(int64_t b, int64_t h, int64_t i, int64_t j, double* deri
   return s;
 }
 
-Reference::Reference(const Instance& instance) : x_(instance) {
+Reference::Reference(const Instance& instance)
+    : x_(instance), q_(x_.q.values()), k_(x_.k.values()), v_(x_.v.values()) {
   const Case& c = x_.what;
   out.assign(elements(x_.out), 0);
   lse.assign(elements(x_.lse), -INFINITY);
@@ -81,9 +82,9 @@ Reference::Reference(const Instance& instance) : x_(instance) {
         for (int64_t j = 0; j < length; ++j) {
           if (scores[j] == -INFINITY || !keeps(c.dropout_seed, c.dropout_p, b, h, i, j)) continue;
           const double weight = std::exp(scores[j] - log_sum) * rescale;
-          for (int64_t d = 0; d < c.head_dim_v; ++d)
-            out[x_.out.offset(x_.sequence(b), h, x_.row_q(b, i), d)] +=
-                weight * x_.v.get(x_.sequence(b), kv_head, x_.row_k(b, j), d);
+          const double* const value = &v_[x_.v.offset(x_.sequence(b), kv_head, x_.row_k(b, j), 0)];
+          double* const sum_of_values = &out[x_.out.offset(x_.sequence(b), h, x_.row_q(b, i), 0)];
+          for (int64_t d = 0; d < c.head_dim_v; ++d) sum_of_values[d] += weight * value[d];
         }
       }
 }
@@ -103,28 +104,37 @@ void Reference::backward_row(int64_t b, int64_t h, int64_t i) {
   const double log_sum = lse[x_.lse.offset(s, h, row, 0)];
   if (log_sum == -INFINITY) return;
   const double rescale = 65536.0 / (65536.0 - std::lround(static_cast<double>(c.dropout_p) * 65536));
+  std::vector<double> gradient(static_cast<size_t>(c.head_dim_v));
   double delta = x_.dlse.exists() ? -x_.dlse.get(s, h, row, 0) : 0;
-  for (int64_t d = 0; d < c.head_dim_v; ++d)
-    delta += out[x_.out.offset(s, h, row, d)] * x_.dout.get(s, h, row, d);
+  for (int64_t d = 0; d < c.head_dim_v; ++d) {
+    gradient[d] = x_.dout.get(s, h, row, d);
+    delta += x_.out.get(s, h, row, d) * gradient[d];
+  }
   for (int64_t j = 0; j < x_.length_k(b); ++j) {
     if (!visible(b, i, j)) continue;
     double derivative;
     const double p = std::exp(score(b, h, i, j, &derivative) - log_sum);
     const double kept = keeps(c.dropout_seed, c.dropout_p, b, h, i, j) ? rescale : 0;
     const int64_t column = x_.row_k(b, j);
+    const double* const value = &v_[x_.v.offset(s, kv_head, column, 0)];
+    double* const dvalue = &dv[x_.dv.offset(s, kv_head, column, 0)];
     double dp = 0;
     for (int64_t d = 0; d < c.head_dim_v; ++d) {
-      dp += kept * x_.dout.get(s, h, row, d) * x_.v.get(s, kv_head, column, d);
-      dv[x_.dv.offset(s, kv_head, column, d)] += kept * p * x_.dout.get(s, h, row, d);
+      dp += kept * gradient[d] * value[d];
+      dvalue[d] += kept * p * gradient[d];
     }
     double ds = p * (dp - delta);
     if (x_.dbias.exists()) dbias[x_.dbias.offset(b, h, i, j)] += ds;
     if (x_.drelative_bias.exists())
       drelative_bias[x_.drelative_bias.offset(0, h, 0, j - i + c.seqlen_q - 1)] += ds;
     ds *= derivative * c.softmax_scale;
+    const double* const query = &q_[x_.q.offset(s, h, row, 0)];
+    const double* const key = &k_[x_.k.offset(s, kv_head, column, 0)];
+    double* const dquery = &dq[x_.dq.offset(s, h, row, 0)];
+    double* const dkey = &dk[x_.dk.offset(s, kv_head, column, 0)];
     for (int64_t d = 0; d < c.head_dim; ++d) {
-      dq[x_.dq.offset(s, h, row, d)] += ds * x_.k.get(s, kv_head, column, d);
-      dk[x_.dk.offset(s, kv_head, column, d)] += ds * x_.q.get(s, h, row, d);
+      dquery[d] += ds * key[d];
+      dkey[d] += ds * query[d];
     }
   }
 }

@@ -10,7 +10,7 @@ bool keeps(uint64_t seed, float dropout_p, int64_t b, int64_t h, int64_t i, int6
 
 struct Reference {
   explicit Reference(const Instance& instance);
-  void compute_backward();
+  void compute_backward();  // from the out that the instance holds, rounded as it is
 
   // The index of each is that of the Array it is compared with.
   std::vector<double> out, lse, dq, dk, dv, dbias, drelative_bias;
@@ -21,6 +21,7 @@ struct Reference {
   void backward_row(int64_t b, int64_t h, int64_t i);
 
   const Instance& x_;
+  std::vector<double> q_, k_, v_;  // with the offsets of x_.q, x_.k, x_.v
 };
 
 // The largest difference between an array and its reference, and the largest value of the latter;

@@ -27,7 +27,8 @@ struct Backward {
   const bool has_terms;
   const bool want_ds;   // dP and dS are needed, for dq, dk or a bias
   const bool want_dv;
-  const float ds_scale;  // what dS carries: softmax_scale for dq and dk, 1 for a bias
+  const float ds_scale;    // dq and dk take dS times softmax_scale and the slope of the soft cap;
+  const bool want_slopes;  // a bias, which is added after both, takes it as it is
   const int slots;       // query tiles held at a time
   const int64_t depth, depth_v, depth_ld, depth_v_ld;  // head dims in units
   const int64_t columns_ld, columns_v_ld;              // head dims in elements
@@ -43,14 +44,15 @@ struct Backward {
   Unit *staging, *key_panels, *value_panels, *key_rows, *weights, *ds_by_rows, *ds_by_columns;
   float *scores, *dscores, *slopes;
 
-  Backward(const Work& work, bool ds, bool dv, float scale, int query_slots)
+  Backward(const Work& work, bool ds, bool dv, bool for_bias, int query_slots)
       : p(*work.problem),
         io(*work.backward),
         dropout(p),
         has_terms(has_score_terms(p)),
         want_ds(ds),
         want_dv(dv),
-        ds_scale(scale),
+        ds_scale(for_bias ? 1.0f : p.softmax_scale),
+        want_slopes(ds && !for_bias && p.softcap > 0.0f),
         slots(query_slots),
         depth(ceil_div(p.head_dim, E::kPerUnit)),
         depth_v(ceil_div(p.head_dim_v, E::kPerUnit)),
@@ -81,7 +83,7 @@ struct Backward {
     ds_by_columns = arena.take<Unit>(kPairs ? kQueryTile / 2 * kScoreLd : 0);
     scores = arena.take<float>(kQueryTile * kScoreLd);
     dscores = arena.take<float>(kQueryTile * kScoreLd);
-    slopes = arena.take<float>(p.softcap > 0.0f ? kKeyTile : 0);
+    slopes = arena.take<float>(want_slopes ? kKeyTile : 0);
   }
 
   const uint8_t* mask_of(int64_t b) const {
@@ -168,10 +170,9 @@ struct Backward {
         continue;
       }
       const int first = begin / W * W, last = (int)round_up(end, W);
-      const bool capped = p.softcap > 0.0f;
       if (has_terms)
         finish_scores(p, s, b, q.tile.head, q.tile.i0 + i, keys.begin + first, end - first, row + first,
-                      capped && want_ds ? slopes + first : nullptr);
+                      want_slopes ? slopes + first : nullptr);
       mask_row(row, begin, end, keys, -kInf);
       const float offset = q.lse2[i], delta = q.delta[i];
       for (int c = first; c < last; c += W) store(row + c, exp2_nonpositive(load(row + c) * scale - offset));
@@ -181,7 +182,7 @@ struct Backward {
           vf dp = load(drow + c);
           if (dropout.active) dp = as_float(as_int(dp * dropout.scale) & load_as<vi>(keep + c));
           vf ds = load(row + c) * ds_scale * (dp - delta);
-          if (capped) ds = ds * load(slopes + c);
+          if (want_slopes) ds = ds * load(slopes + c);
           store(drow + c, ds);
         }
         mask_row(drow, begin, end, keys, 0.0f);

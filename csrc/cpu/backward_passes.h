@@ -33,7 +33,7 @@ struct KeyPass : Backward<T, E> {
 
   explicit KeyPass(const Work& work)
       : Base(work, work.backward->dk.data != nullptr || work.backward->dq.data != nullptr,
-             work.backward->dv.data != nullptr, work.problem->softmax_scale, 1),
+             work.backward->dv.data != nullptr, false, 1),
         want_dk(io.dk.data != nullptr),
         want_dq(io.dq.data != nullptr),
         turns(work.turns),
@@ -73,7 +73,7 @@ struct KeyPass : Backward<T, E> {
                               p.head_dim, dk);
           if (want_dq) this->add_to_queries(rows, keys, careful && !rows.full, false, dq);
         }
-        if (want_dq) add_dq(s, entry.b, kv_head, tile, t, tiles, index, any);
+        if (want_dq) add_dq(s, entry.b, kv_head, tile, t, index, any);
       }
       store_keys(s, entry.b, kv_head, begin, end, loaded ? &keys : nullptr);
     }
@@ -81,13 +81,12 @@ struct KeyPass : Backward<T, E> {
 
  private:
   // Key tile 0 writes the rows of dq, the others add to them, each after the one before it.
-  void add_dq(const Sequence& s, int64_t b, int64_t kv_head, const QueryTile& tile, int64_t t, int64_t tiles,
-              int64_t index, bool any) {
+  void add_dq(const Sequence& s, int64_t b, int64_t kv_head, const QueryTile& tile, int64_t t, int64_t index,
+              bool any) {
     int32_t* turn = turns == nullptr ? nullptr : turns + turn_base(b, kv_head) + t;
     if (turn != nullptr)
       for (int spins = 0; __atomic_load_n(turn, __ATOMIC_ACQUIRE) != (int32_t)index; ++spins)
         if (spins > 1000) sched_yield();
-    (void)tiles;
     int64_t stride;
     float* target = dq_rows(s, b, tile, &stride);
     for (int i = 0; i < tile.rows; ++i) {
@@ -173,7 +172,7 @@ struct QueryPass : Backward<T, E> {
   using Base::p;
   float* dq;
 
-  explicit QueryPass(const Work& work) : Base(work, true, false, work.problem->softmax_scale, kTilesPerUnit) {}
+  explicit QueryPass(const Work& work) : Base(work, true, false, false, kTilesPerUnit) {}
 
   void lay_out(Arena& arena) {
     Base::lay_out(arena);

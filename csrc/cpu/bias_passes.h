@@ -22,7 +22,7 @@ struct BiasPass : Backward<T, E> {
   using Base::p;
   float *sums, *row_totals;
 
-  explicit BiasPass(const Work& work) : Base(work, true, false, 1.0f, 1) {}
+  explicit BiasPass(const Work& work) : Base(work, true, false, true, 1) {}
 
   void lay_out(Arena& arena) {
     Base::lay_out(arena);
@@ -86,7 +86,7 @@ struct RelativePass : Backward<T, E> {
   using Base::io;
   using Base::p;
 
-  explicit RelativePass(const Work& work) : Base(work, true, false, 1.0f, 1) {}
+  explicit RelativePass(const Work& work) : Base(work, true, false, true, 1) {}
 
   // All diagonals of one head, in place; entry is ignored.
   void run(const Entry&, int64_t h) {

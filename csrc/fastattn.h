@@ -216,8 +216,8 @@ FASTATTN_API fastattn_status fastattn_cuda_backward_workspace(const fastattn_pro
                                                               const fastattn_backward_io* io,
                                                               int64_t* bytes);
 
-/* In the packed layout rows beyond the last sequence are set to 0 (lse: -inf), and offsets that leave
- * the tensor are cut off at its end. */
+/* In the packed layout rows before the first and beyond the last sequence are set to 0 (lse: -inf), and
+ * offsets that leave the tensor are cut off at its end. */
 FASTATTN_API fastattn_status fastattn_cuda_forward(const fastattn_problem* problem,
                                                    const fastattn_forward_result* result,
                                                    const fastattn_cuda_launch* launch);

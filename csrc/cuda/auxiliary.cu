@@ -33,11 +33,13 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename Unit>
 __global__ void __launch_bounds__(kThreads)
-    fill_tail(TensorArg x, Unit value, const int32_t* cu, int batch, int64_t total, int heads, int dim) {
-  const int64_t first = max(int64_t(0), min(int64_t(cu[batch]), total));
-  const int64_t count = (total - first) * heads * dim;
+    fill_outside(TensorArg x, Unit value, const int32_t* cu, int batch, int64_t total, int heads, int dim) {
+  const int64_t begin = max(int64_t(0), min(int64_t(cu[0]), total));
+  const int64_t end = max(begin, min(int64_t(cu[batch]), total));
+  const int64_t count = (total - (end - begin)) * heads * dim;
   for (int64_t index = thread_index(); index < count; index += thread_count()) {
-    const int64_t col = index % dim, head = index / dim % heads, row = first + index / dim / heads;
+    const int64_t col = index % dim, head = index / dim % heads, place = index / dim / heads;
+    const int64_t row = place < begin ? place : place + (end - begin);
     static_cast<Unit*>(x.data)[head * x.stride_h + row * x.stride_n + col] = value;
   }
 }
@@ -135,15 +137,15 @@ cudaError_t launch_pack(const TensorArg& from, void* to, int element_bytes, int6
   return cudaGetLastError();
 }
 
-cudaError_t launch_fill_tail(const TensorArg& x, int element_bytes, uint32_t value, const int32_t* cu, int batch,
+cudaError_t launch_fill_outside(const TensorArg& x, int element_bytes, uint32_t value, const int32_t* cu, int batch,
                              int64_t total, int heads, int dim, cudaStream_t stream) {
   const int64_t count = total * heads * dim;
   if (count == 0) return cudaSuccess;
-  const int blocks = min(blocks_for(count), 256);  // most of it is not tail
+  const int blocks = min(blocks_for(count), 256);  // most rows belong to a sequence
   if (element_bytes == 2) {
-    fill_tail<<<blocks, kThreads, 0, stream>>>(x, uint16_t(value), cu, batch, total, heads, dim);
+    fill_outside<<<blocks, kThreads, 0, stream>>>(x, uint16_t(value), cu, batch, total, heads, dim);
   } else {
-    fill_tail<<<blocks, kThreads, 0, stream>>>(x, value, cu, batch, total, heads, dim);
+    fill_outside<<<blocks, kThreads, 0, stream>>>(x, value, cu, batch, total, heads, dim);
   }
   return cudaGetLastError();
 }

@@ -17,8 +17,8 @@ cudaError_t launch_row_statistics(const Params& p, int dtype, cudaStream_t strea
 // Merges the partial results of p.splits splits into out and lse: (o, lse) pairs are merged as weighted means.
 cudaError_t launch_combine(const Params& p, int dtype, cudaStream_t stream);
 
-// Packed layout: `value` in the rows of `x` beyond the last sequence, cu[p.batch] .. total - 1.
-cudaError_t launch_fill_tail(const TensorArg& x, int element_bytes, uint32_t value, const int32_t* cu, int batch,
+// Packed layout: `value` in the rows of `x` that belong to no sequence, before cu[0] and from cu[batch] on.
+cudaError_t launch_fill_outside(const TensorArg& x, int element_bytes, uint32_t value, const int32_t* cu, int batch,
                              int64_t total, int heads, int dim, cudaStream_t stream);
 
 // drelative_bias from the partial sums of score_gradient.

@@ -44,10 +44,10 @@ fastattn_status run_copies(const Plan& plan, int dtype, cudaStream_t stream) {
   return FASTATTN_OK;
 }
 
-fastattn_status fill_tail(const fastattn_problem& p, const TensorArg& x, bool queries, int64_t heads, int64_t dim,
+fastattn_status fill_outside(const fastattn_problem& p, const TensorArg& x, bool queries, int64_t heads, int64_t dim,
                           int bytes, uint32_t value, cudaStream_t stream) {
   if (p.cu_seqlens_q == nullptr || x.data == nullptr) return FASTATTN_OK;
-  return check_cuda(launch_fill_tail(x, bytes, value, queries ? p.cu_seqlens_q : p.cu_seqlens_k, int(p.batch),
+  return check_cuda(launch_fill_outside(x, bytes, value, queries ? p.cu_seqlens_q : p.cu_seqlens_k, int(p.batch),
                                      queries ? p.total_q : p.total_k, int(heads), int(dim), stream),
                     "launching a fill");
 }
@@ -174,9 +174,9 @@ extern "C" fastattn_status fastattn_cuda_forward(const fastattn_problem* p, cons
   const int64_t tiles = ceil_div64(p->seqlen_q, set->forward.block_q) * x.splits;
   CHECK(launch_kernel(set->forward, tiles * p->num_heads * p->batch, x, stream));
   if (x.splits > 1) CHECK(check_cuda(launch_combine(x, p->dtype, stream), "launching the merge of splits"));
-  CHECK(fill_tail(*p, x.out, true, p->num_heads, p->head_dim_v, element_bytes(p->dtype), 0, stream));
+  CHECK(fill_outside(*p, x.out, true, p->num_heads, p->head_dim_v, element_bytes(p->dtype), 0, stream));
   const TensorArg lse = {x.lse.data, 0, x.lse.stride_h, 1, false};
-  return fill_tail(*p, lse, true, p->num_heads, 1, 4, 0xff800000u, stream);
+  return fill_outside(*p, lse, true, p->num_heads, 1, 4, 0xff800000u, stream);
 }
 
 extern "C" fastattn_status fastattn_cuda_backward(const fastattn_problem* p, const fastattn_backward_io* io,
@@ -210,9 +210,9 @@ extern "C" fastattn_status fastattn_cuda_backward(const fastattn_problem* p, con
     const int64_t blocks = ceil_div64(p->seqlen_q, set->dq.block_q) * p->num_heads * p->batch;
     CHECK(launch_kernel(set->dq, blocks, x, stream));
   }
-  CHECK(fill_tail(*p, x.dq, true, p->num_heads, p->head_dim, element_bytes(p->dtype), 0, stream));
-  CHECK(fill_tail(*p, x.dk, false, p->num_kv_heads, p->head_dim, element_bytes(p->dtype), 0, stream));
-  CHECK(fill_tail(*p, x.dv, false, p->num_kv_heads, p->head_dim_v, element_bytes(p->dtype), 0, stream));
+  CHECK(fill_outside(*p, x.dq, true, p->num_heads, p->head_dim, element_bytes(p->dtype), 0, stream));
+  CHECK(fill_outside(*p, x.dk, false, p->num_kv_heads, p->head_dim, element_bytes(p->dtype), 0, stream));
+  CHECK(fill_outside(*p, x.dv, false, p->num_kv_heads, p->head_dim_v, element_bytes(p->dtype), 0, stream));
 
   const Kernel& scores = set->score_gradient;
   if (io->dbias.data != nullptr) {

@@ -2,7 +2,9 @@
 // whatever the struct says, the library answers with a status and touches nothing else.
 //
 // With clang this is a libFuzzer target; elsewhere main() below feeds it seeded random bytes
-// (fuzz_problem SECONDS [SEED]).
+// (fuzz_problem SECONDS [SEED]), or a file that it left behind (fuzz_problem crash-input).
+#include <signal.h>
+
 #include <algorithm>
 #include <chrono>
 #include <limits>
@@ -244,12 +246,35 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
 }
 
 #ifndef FASTATTN_LIBFUZZER
+namespace {
+
+std::vector<uint8_t> bytes(200);
+
+// What libFuzzer does: the bytes that crashed go to a file, to be run again under a debugger.
+void on_fault(int signal_number) {
+  if (FILE* file = fopen("crash-input", "wb")) {
+    fwrite(bytes.data(), 1, bytes.size(), file);
+    fclose(file);
+  }
+  static const char text[] = "crashed; run again: fuzz_problem crash-input\n";
+  (void)!write(2, text, sizeof text - 1);
+  signal(signal_number, SIG_DFL);
+  raise(signal_number);
+}
+
+}  // namespace
+
 int main(int count, char** arguments) {
+  for (int fault : {SIGSEGV, SIGBUS, SIGABRT, SIGFPE, SIGILL}) signal(fault, on_fault);
+  if (FILE* file = count == 2 ? fopen(arguments[1], "rb") : nullptr) {
+    bytes.resize(fread(bytes.data(), 1, bytes.size(), file));
+    fclose(file);
+    return LLVMFuzzerTestOneInput(bytes.data(), bytes.size());
+  }
   const double seconds = count > 1 ? atof(arguments[1]) : 10;
   fastattn_test::Random random(count > 2 ? strtoull(arguments[2], nullptr, 10) : 1);
   const auto start = std::chrono::steady_clock::now();
   int64_t runs = 0;
-  std::vector<uint8_t> bytes(200);
   while (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < seconds) {
     for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(random());
     LLVMFuzzerTestOneInput(bytes.data(), bytes.size());

@@ -233,11 +233,11 @@ def test_a_users_hook_on_the_encoder_sees_every_token():
     expected = model.bert(**inputs).last_hidden_state
     patch(model, backend=BACKEND)
     seen = []
-    handle = model.bert.encoder.register_forward_hook(lambda *call: seen.append(call[2].last_hidden_state))
+    handle = model.bert.encoder.register_forward_hook(lambda *call: seen.append(call[2]))
     model(**inputs)
     handle.remove()
     real = inputs["attention_mask"].bool()
-    torch.testing.assert_close(seen[0][real], expected[real], rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(seen[0].last_hidden_state[real], expected[real], rtol=1e-5, atol=2e-5)
 
 
 def test_an_attention_that_ignores_the_packing_is_an_error(monkeypatch):
@@ -273,7 +273,7 @@ def test_another_attention_chosen_after_patch_wins(warnings):
 
 
 def test_less_is_saved_for_backward():
-    """Bytes of distinct storages held for the backward pass, parameters left out: at least the padding's share."""
+    """Bytes of distinct storages held for backward, without parameters: at least padding's share goes."""
     inputs = batch("right", size=6, length=40)
     inputs["labels"] = torch.arange(6) % 3
     share = inputs["attention_mask"].float().mean().item()

@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 import transformers
 from torch import nn
@@ -35,6 +36,15 @@ _DISTIL_NAMES = {
 
 # What a user gets on a CPU; the oracle where the native library was not built.
 BACKEND = "reference" if isinstance(dispatch.load("cpu"), str) else "auto"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small run faster on one thread, by far where other processes run too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def build(family: str, head: str = "SequenceClassification", seed: int = 0, **changes) -> nn.Module:

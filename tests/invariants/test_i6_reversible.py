@@ -10,7 +10,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parents[1] / "hf"))
 
-from zoo import BACKEND, ENCODERS, batch, build, labels_for, run  # noqa: E402
+from zoo import BACKEND, ENCODERS, batch, build, labels_for, one_thread, run  # noqa: E402, F401
 
 from fastattn.hf import patch, patched, unpatch  # noqa: E402
 

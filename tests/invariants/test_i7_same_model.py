@@ -9,7 +9,19 @@ import torch
 transformers = pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parents[1] / "hf"))
 
-from zoo import BACKEND, ENCODERS, HEADS, PADDINGS, batch, build, deviation, labels_for, run, twin  # noqa: E402
+from zoo import (  # noqa: E402
+    BACKEND,
+    ENCODERS,
+    HEADS,
+    PADDINGS,
+    batch,
+    build,
+    deviation,
+    labels_for,
+    one_thread,  # noqa: F401
+    run,
+    twin,
+)
 
 from fastattn.hf import patch  # noqa: E402
 

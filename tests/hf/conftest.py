@@ -1,0 +1,3 @@
+from zoo import one_thread
+
+__all__ = ["one_thread"]

@@ -29,7 +29,7 @@ FLAGS = {
 
 @dataclass(frozen=True)
 class Peak:
-    """FLOP/s by dtype and bytes/s of a copy, with `threads` threads. None: not measured; `reason` says why."""
+    """FLOP/s by dtype and bytes/s of a copy, with `threads` threads; None: not measured, see `reason`."""
 
     isa: str
     threads: int

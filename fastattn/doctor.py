@@ -21,9 +21,8 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
 
     import fastattn
 
-    print(
-        f"fastattn {fastattn.__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
-    )
+    print(f"fastattn {fastattn.__version__}")
+    print(f"Python {platform.python_version()}, {platform.system()} {platform.machine()}")
     for package in PACKAGES:
         try:
             print(f"  {package:<14} {importlib.metadata.version(package)}")

@@ -6,6 +6,7 @@ step in turn, so that a noisy machine is equally noisy for all. Requests and rep
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastattn.errors import FastattnError
@@ -100,29 +102,25 @@ class RemoteArm:
         )
 
 
-class _collecting:
-    """Gathers warnings, and what fastattn logs about slower paths, as notes for the report."""
+@contextlib.contextmanager
+def _collecting(notes: list[str]) -> Iterator[None]:
+    """What fastattn logs, such as the reason for a slower path, becomes a note for the report."""
 
-    def __init__(self, notes: list[str]):
-        self._notes = notes
+    def note(record: logging.LogRecord) -> None:
+        text = " ".join(record.getMessage().split())
+        if text not in notes:
+            notes.append(text)
 
-    def __enter__(self) -> None:
-        self._handler = logging.Handler(logging.WARNING)
-        self._handler.emit = lambda record: self._note(record.getMessage())
-        logging.getLogger("fastattn").addHandler(self._handler)
-        self._caught = warnings.catch_warnings(record=True)
-        self._warnings = self._caught.__enter__()
-
-    def __exit__(self, *exception) -> None:
-        self._caught.__exit__(*exception)
-        logging.getLogger("fastattn").removeHandler(self._handler)
-        for warning in self._warnings:
-            self._note(str(warning.message))
-
-    def _note(self, text: str) -> None:
-        text = " ".join(text.split())
-        if text not in self._notes:
-            self._notes.append(text)
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = note
+    logger = logging.getLogger("fastattn")
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # between libraries, about each other
+            yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def serve() -> None:

@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens per text; longer ones are cut (the model's limit)",
     )
     how.add_argument(
-        "--lr", type=_rate, metavar="X", help="peak learning rate (by method: head 3e-3, lora 2e-3, ...)"
+        "--lr", type=_rate, metavar="X", help="peak learning rate (by method: head 5e-3, lora 2e-3, ...)"
     )
     how.add_argument(
         "--seed", type=int, metavar="N", help="of the head's weights, the batches and dropout (0)"

@@ -33,7 +33,7 @@ def step_in_turn(
                     return result
                 step = arms[name].call("step", index=index)
                 result[name]["steps"].append(step)
-                bar.advance(step["seconds"], step["tokens"], step["loss"])
+                bar.advance(loss=step["loss"], detail=f"{name} ")
     return result
 
 

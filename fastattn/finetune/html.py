@@ -32,10 +32,10 @@ td.number { text-align: right; font-variant-numeric: tabular-nums; }
 
 def page(reports: list[dict]) -> str:
     body = "\n".join(_run(report) for report in reports)
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    head += f"<style>{STYLE}</style>\n<title>fastattn: {escape(title(reports[0]))}</title>"
     return (
-        f"<!doctype html>\n<html lang=en><head>{head}\n<title>fastattn: {escape(title(reports[0]))}</title></head>\n"
-        f"<body><main>\n{body}\n</main></body></html>\n"
+        f"<!doctype html>\n<html lang=en><head>{head}</head>\n<body><main>\n{body}\n</main></body></html>\n"
     )
 
 

@@ -141,7 +141,7 @@ class _Run:
         )
 
     def start(self, resume: bool) -> None:
-        """The main arm, ready to go on: from a checkpoint, from the end of the comparison, or from nothing."""
+        """The main arm, ready to go on: from a checkpoint, from the comparison's end, or from nothing."""
         checkpoint = self.directory / CHECKPOINT
         if resume and checkpoint.is_file():
             self._resume(checkpoint)

@@ -200,12 +200,13 @@ def _load(auto_class: str, name: str, **arguments):
     """transformers' own loading, with its pages of advice shortened to the one sentence that matters."""
     try:
         import transformers
+        from safetensors import SafetensorError
     except ImportError as error:
         raise MissingDependencyError("transformers", "finetune") from error
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
         return getattr(transformers, auto_class).from_pretrained(model_source(name), **arguments)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserInputError(f"--model {name} cannot be loaded by transformers: {reason}") from error

@@ -42,11 +42,13 @@ class Bar:
         if self._bar:
             self._bar.stop()
 
-    def advance(self, seconds: float = 0.0, tokens: int = 0, loss: float | None = None) -> None:
+    def advance(
+        self, seconds: float = 0.0, tokens: int = 0, loss: float | None = None, detail: str = ""
+    ) -> None:
         self._done += 1
         self._recent.append((seconds, tokens))
         spent, read = map(sum, zip(*self._recent, strict=True))
-        detail = f"loss {loss:.3f}  " if loss is not None else ""
+        detail += f"loss {loss:.3f}  " if loss is not None else ""
         detail += f"{read / spent:,.0f} tokens/s" if spent and read else ""
         if self._bar:
             self._bar.update(self._task, completed=self._done, detail=detail)

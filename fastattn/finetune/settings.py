@@ -71,4 +71,4 @@ def check_method(method: str) -> str:
 
 def default_lr(method: str) -> float:
     """Few trained parameters bear, and in a short run need, a far larger rate than many."""
-    return {"head": 3e-3, "lora": 2e-3, "bitfit": 2e-3, "ln": 2e-3, "full": 5e-5}.get(method, 1e-4)
+    return {"head": 5e-3, "lora": 2e-3, "bitfit": 2e-3, "ln": 2e-3, "full": 5e-5}.get(method, 1e-4)

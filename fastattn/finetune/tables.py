@@ -129,7 +129,8 @@ def _training(report: dict) -> Section:
         f"{len(steps)} of {settings['total_steps']} steps with {settings['attention']} attention in "
         f"{seconds:.0f} s: {sum(step['tokens'] for step in steps) / seconds:,.0f} tokens a second, padding "
         f"not counted. AdamW, peak learning rate {settings['lr']:g} (linear warm-up, then linearly to zero), "
-        f"seed {settings['seed']}; the loss went from {steps[0]['loss']:.3f} to {_tail_mean(steps):.3f} (mean of the last tenth).",
+        f"seed {settings['seed']}; the loss went from {steps[0]['loss']:.3f} to {_tail_mean(steps):.3f} "
+        "(mean of the last tenth).",
     ]
     return Section("The run", text, figure=None if report["comparison"] else "losses")
 

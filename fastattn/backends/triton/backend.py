@@ -1,4 +1,7 @@
-"""The Triton backend: what a GPU user has from a plain pip install. Imports triton when it is first asked for."""
+"""The Triton backend.
+
+What a GPU user has from a plain pip install. Imports triton when it is first asked for.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,18 @@ _OLDEST_BF16 = 80
 
 
 def interpreting() -> bool:
-    """Whether Triton runs kernels in its interpreter, on CPU tensors. It reads this when kernels are defined."""
+    """Whether Triton runs kernels in its interpreter, on CPU tensors.
+
+    It reads this when kernels are defined.
+    """
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class TritonBackend:
-    """Compiles a kernel when a problem first needs it. Results are deterministic: no kernel adds atomically."""
+    """Compiles a kernel when a problem first needs it.
+
+    Results are deterministic: no kernel adds atomically.
+    """
 
     name = "triton"
 
@@ -47,9 +56,11 @@ class TritonBackend:
             return f"computes float32, bfloat16 and float16, not {problem.dtype}"
         arch, _ = self._device(problem.device)
         if isinstance(arch, int) and arch < _OLDEST_NVIDIA:
-            return f"needs compute capability {_OLDEST_NVIDIA / 10} or newer, {problem.device} has {arch / 10}"
+            return (
+                f"needs compute capability {_OLDEST_NVIDIA / 10} or newer, {problem.device} has {arch / 10}"
+            )
         if isinstance(arch, int) and arch < _OLDEST_BF16 and problem.dtype == torch.bfloat16:
-            return f"bfloat16 needs compute capability {_OLDEST_BF16 / 10} or newer, {problem.device} has {arch / 10}"
+            return f"bfloat16 needs compute capability {_OLDEST_BF16 / 10}, {problem.device} has {arch / 10}"
         return None
 
     def kernel(self, problem: AttentionProblem) -> str:
@@ -86,7 +97,10 @@ class TritonBackend:
             launch.backward(problem, inputs, out, lse, dout, dlse, gradients, arch)
 
     def _on(self, problem: AttentionProblem, inputs: AttentionInputs) -> contextlib.AbstractContextManager:
-        """Kernels go to the current device: make it the problem's. Interpreted, offsets can be read, so check them."""
+        """Kernels go to the current device.
+
+        Make it the problem's. Interpreted, offsets can be read, so check them.
+        """
         if problem.device.type == "cpu":
             if problem.packed:
                 check_offsets("cu_seqlens_q", inputs.cu_seqlens_q, problem.total_q, problem.seqlen_q)
@@ -115,7 +129,9 @@ def _why_unavailable() -> str | None:
     if interpreting():
         return None
     if not torch.cuda.is_available():
-        return "torch sees no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels on the CPU, to test them)"
+        return (
+            "torch sees no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels on the CPU, to test them)"
+        )
     return None
 
 

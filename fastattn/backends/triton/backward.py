@@ -1,14 +1,14 @@
-"""The backward kernels: delta, dq, and dk/dv, each a pass of its own so that nothing is accumulated atomically.
+"""The backward kernels: delta, dq, and dk/dv, passes of their own, so that nothing is added atomically.
 
 With s the scores of forward, p = exp(s − lse) and dp = dout vᵀ (Dao 2022, appendix B; 2023):
     delta = rowsum(out ∘ dout) − dlse        dv = pᵀ dout        ds = p ∘ (dp − delta)
     dq = scale · ds k                        dk = scale · dsᵀ q
-Dropout multiplies p by the kept weights' scale in dv and dp in ds; softcap multiplies ds by its derivative. The dq
-kernel walks the keys of a tile of queries, the dk/dv kernel the queries of a tile of keys, over all query heads of the
-kv head, and leaves out whichever of dk and dv is not wanted. bias_backward.py has the gradients of biases.
+Dropout multiplies p by the kept weights' scale in dv and dp in ds; softcap multiplies ds by its derivative.
+The dq kernel walks the keys of a tile of queries, the dk/dv kernel the queries of a tile of keys, over all
+query heads of the kv head, and leaves out whichever of dk and dv is not wanted. bias_backward.py has the
+gradients of biases.
 """
 
-import triton
 import triton.language as tl
 
 from .rng import dropout_keep
@@ -26,6 +26,7 @@ from .tiles import (
     visible_queries,
     weights,
 )
+
 
 @kernel
 def delta_kernel(
@@ -60,7 +61,9 @@ def delta_kernel(
     o_row = o_m.to(tl.int64)
     o_out = i_b * stride_ob + i_h * stride_oh + o_row * stride_on
     o_dout = i_b * stride_gb + i_h * stride_gh + o_row * stride_gn
-    b_out = load_rows(p_out, o_out, o_dv, m_m, True, HEAD_DIM_V, BLOCK_DV).to(tl.float32)  # [BLOCK_M, BLOCK_DV]
+    b_out = load_rows(p_out, o_out, o_dv, m_m, True, HEAD_DIM_V, BLOCK_DV).to(
+        tl.float32
+    )  # [BLOCK_M, BLOCK_DV]
     b_dout = load_rows(p_dout, o_dout, o_dv, m_m, True, HEAD_DIM_V, BLOCK_DV).to(tl.float32)
     b_delta = tl.sum(b_out * b_dout, 1)  # [BLOCK_M]
     if p_dlse is not None:
@@ -160,17 +163,15 @@ def dq_kernel(
     stride_dqb, stride_dqh, stride_dqn = aligned(stride_dqb, stride_dqh, stride_dqn, ALIGN)
 
     p_dq += i_b64 * stride_dqb + i_h64 * stride_dqh
-    if PACKED:
-        if i_b == batch:
-            clear_loose_rows(
-                p_dq, None, p_cu_q, batch, total_q, i_m, tiles_m, stride_dqn, HEAD_DIM, BLOCK_M, BLOCK_D
-            )
-            return
+    if PACKED and i_b == batch:
+        clear_loose_rows(
+            p_dq, None, p_cu_q, batch, total_q, i_m, tiles_m, stride_dqn, HEAD_DIM, BLOCK_M, BLOCK_D
+        )
+        return
     row_q, len_q, claimed_q = sequence_rows(p_cu_q, i_b, seqlen_q, total_q, PACKED)
-    row_k, len_k, claimed_k = sequence_rows(p_cu_k, i_b, seqlen_k, total_k, PACKED)
-    if PACKED:
-        if i_m * BLOCK_M >= len_q:
-            return
+    row_k, len_k, _claimed_k = sequence_rows(p_cu_k, i_b, seqlen_k, total_k, PACKED)
+    if PACKED and i_m * BLOCK_M >= len_q:
+        return
 
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     m_m = o_m < len_q
@@ -197,9 +198,8 @@ def dq_kernel(
     slope = 0.0
     if HAS_ALIBI:
         slope = tl.load(p_alibi + i_b64 * stride_alibi_b + i_h64 * stride_alibi_h)
-    if HAS_DROPOUT:
-        if p_seed is not None:
-            seed = tl.load(p_seed).to(tl.uint64, bitcast=True)
+    if HAS_DROPOUT and p_seed is not None:
+        seed = tl.load(p_seed).to(tl.uint64, bitcast=True)
 
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     diagonal = len_k - len_q
@@ -220,11 +220,13 @@ def dq_kernel(
                 m_n = start_n + o_n < len_k  # [BLOCK_N]
                 if part != 1:
                     m_n = seen_keys(
-                        start_n + o_n, i_m * BLOCK_M, last_i, diagonal, len_k, window_left, window_right, HAS_LEFT,
-                        HAS_RIGHT,
+                        start_n + o_n, i_m * BLOCK_M, last_i, diagonal, len_k, window_left, window_right,
+                        HAS_LEFT, HAS_RIGHT,
                     )  # fmt: skip
                 if HAS_KEY_MASK:
-                    m_n = m_n & (tl.load(p_key_mask + (start_n + o_n) * stride_mask_n, mask=m_n, other=0) != 0)
+                    m_n = m_n & (
+                        tl.load(p_key_mask + (start_n + o_n) * stride_mask_n, mask=m_n, other=0) != 0
+                    )
                 p_kn = p_k + start_n.to(tl.int64) * stride_kn
                 p_vn = p_v + start_n.to(tl.int64) * stride_vn
                 b_k = load_rows(p_kn, o_kn, o_d, m_n, part != 1 or HAS_KEY_MASK, HEAD_DIM, BLOCK_D)
@@ -233,9 +235,10 @@ def dq_kernel(
                 m_in = m_m[:, None] & m_n[None, :]
                 b_qk = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
                 b_p, b_slope = weights(
-                    b_qk, b_lse[:, None], o_m[:, None], (start_n + o_n)[None, :], m_in, diagonal, len_k, window_left,
-                    window_right, scale, softcap, p_bias, stride_bias_q, stride_bias_k, p_relative_bias, seqlen_q,
-                    slope, part != 1, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_BIAS, HAS_RELATIVE_BIAS, HAS_ALIBI,
+                    b_qk, b_lse[:, None], o_m[:, None], (start_n + o_n)[None, :], m_in, diagonal, len_k,
+                    window_left, window_right, scale, softcap, p_bias, stride_bias_q, stride_bias_k,
+                    p_relative_bias, seqlen_q, slope, part != 1, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_BIAS,
+                    HAS_RELATIVE_BIAS, HAS_ALIBI,
                 )  # fmt: skip
                 if HAS_KEY_MASK:
                     b_p = tl.where(m_n[None, :], b_p, 0.0)
@@ -249,12 +252,11 @@ def dq_kernel(
                 b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)  # [BLOCK_M, BLOCK_D]
 
     store_rows(p_dq, b_dq * scale, o_row * stride_dqn, o_d, m_m, HEAD_DIM, BLOCK_D)
-    if PACKED:
-        if (i_m == tiles_m - 1) & (claimed_q > len_q):
-            fill_rows(
-                p_dq, None, row_q + len_q, row_q + claimed_q, BLOCK_M, stride_dqn, float("nan"), 0.0, HEAD_DIM,
-                BLOCK_M, BLOCK_D,
-            )  # fmt: skip
+    if PACKED and (i_m == tiles_m - 1) & (claimed_q > len_q):
+        fill_rows(
+            p_dq, None, row_q + len_q, row_q + claimed_q, BLOCK_M, stride_dqn, float("nan"), 0.0, HEAD_DIM,
+            BLOCK_M, BLOCK_D,
+        )  # fmt: skip
 
 
 @kernel
@@ -356,28 +358,28 @@ def dkdv_kernel(
     if WANT_DV:
         stride_dvb, stride_dvh, stride_dvn = aligned(stride_dvb, stride_dvh, stride_dvn, ALIGN)
         p_dv += i_b64 * stride_dvb + i_kv64 * stride_dvh
-    if PACKED:
-        if i_b == batch:
-            if WANT_DK:
-                clear_loose_rows(
-                    p_dk, None, p_cu_k, batch, total_k, i_n, tiles_n, stride_dkn, HEAD_DIM, BLOCK_N, BLOCK_D
-                )
-            if WANT_DV:
-                clear_loose_rows(
-                    p_dv, None, p_cu_k, batch, total_k, i_n, tiles_n, stride_dvn, HEAD_DIM_V, BLOCK_N, BLOCK_DV
-                )
-            return
-    row_q, len_q, claimed_q = sequence_rows(p_cu_q, i_b, seqlen_q, total_q, PACKED)
+    if PACKED and i_b == batch:
+        if WANT_DK:
+            clear_loose_rows(
+                p_dk, None, p_cu_k, batch, total_k, i_n, tiles_n, stride_dkn, HEAD_DIM, BLOCK_N, BLOCK_D
+            )
+        if WANT_DV:
+            clear_loose_rows(
+                p_dv, None, p_cu_k, batch, total_k, i_n, tiles_n, stride_dvn, HEAD_DIM_V, BLOCK_N, BLOCK_DV
+            )
+        return
+    row_q, len_q, _claimed_q = sequence_rows(p_cu_q, i_b, seqlen_q, total_q, PACKED)
     row_k, len_k, claimed_k = sequence_rows(p_cu_k, i_b, seqlen_k, total_k, PACKED)
-    if PACKED:
-        if i_n * BLOCK_N >= len_k:
-            return
+    if PACKED and i_n * BLOCK_N >= len_k:
+        return
 
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     m_n = o_n < len_k
-    m_seen = m_n
+    diagonal = len_k - len_q
+    m_seen = seen_keys(o_n, 0, len_q - 1, diagonal, len_k, window_left, window_right, HAS_LEFT, HAS_RIGHT)
     if HAS_KEY_MASK:
-        m_seen = m_n & (tl.load(p_key_mask + i_b64 * stride_mask_b + o_n * stride_mask_n, mask=m_n, other=0) != 0)
+        p_mask = p_key_mask + i_b64 * stride_mask_b + o_n * stride_mask_n
+        m_seen = m_seen & (tl.load(p_mask, mask=m_n, other=0) != 0)
     o_row = (row_k + o_n).to(tl.int64)
     o_k = i_b64 * stride_kb + i_kv64 * stride_kh + o_row * stride_kn
     b_k = load_rows(p_k, o_k, o_d, m_seen, True, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
@@ -386,14 +388,12 @@ def dkdv_kernel(
     if WANT_DK:
         o_v = i_b64 * stride_vb + i_kv64 * stride_vh + o_row * stride_vn
         b_v = load_rows(p_v, o_v, o_dv, m_seen, True, HEAD_DIM_V, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
-    if HAS_DROPOUT:
-        if p_seed is not None:
-            seed = tl.load(p_seed).to(tl.uint64, bitcast=True)
+    if HAS_DROPOUT and p_seed is not None:
+        seed = tl.load(p_seed).to(tl.uint64, bitcast=True)
 
     o_m = tl.arange(0, BLOCK_M)
     o_qm = o_m.to(tl.int64) * stride_qn
     o_gm = o_m.to(tl.int64) * stride_gn
-    diagonal = len_k - len_q
     last_j = tl.minimum(i_n * BLOCK_N + BLOCK_N, len_k) - 1
     begin, full_begin, full_end, end = visible_queries(
         i_n * BLOCK_N, last_j, diagonal, len_q, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_M
@@ -434,10 +434,10 @@ def dkdv_kernel(
                     m_in = m_n[:, None] & m_m[None, :]
                     b_kq = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
                     b_p, b_slope = weights(
-                        b_kq, b_lse[None, :], o_i2, o_n[:, None], m_in, diagonal, len_k, window_left, window_right,
-                        scale, softcap, p_bias_h, stride_bias_q, stride_bias_k, p_relative_h, seqlen_q, slope,
-                        (HAS_LEFT or HAS_RIGHT) and part != 1, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_BIAS,
-                        HAS_RELATIVE_BIAS, HAS_ALIBI,
+                        b_kq, b_lse[None, :], o_i2, o_n[:, None], m_in, diagonal, len_k, window_left,
+                        window_right, scale, softcap, p_bias_h, stride_bias_q, stride_bias_k, p_relative_h,
+                        seqlen_q, slope, (HAS_LEFT or HAS_RIGHT) and part != 1, HAS_LEFT, HAS_RIGHT,
+                        HAS_SOFTCAP, HAS_BIAS, HAS_RELATIVE_BIAS, HAS_ALIBI,
                     )  # fmt: skip
                     if HAS_DROPOUT:
                         i_c = i_n * BLOCK_N
@@ -463,11 +463,10 @@ def dkdv_kernel(
     if WANT_DV:
         b_dv = tl.where(m_seen[:, None], b_dv, 0.0)
         store_rows(p_dv, b_dv, o_row * stride_dvn, o_dv, m_n, HEAD_DIM_V, BLOCK_DV)
-    if PACKED:
-        if (i_n == tiles_n - 1) & (claimed_k > len_k):
-            first, last = row_k + len_k, row_k + claimed_k
-            nan = float("nan")
-            if WANT_DK:
-                fill_rows(p_dk, None, first, last, BLOCK_N, stride_dkn, nan, nan, HEAD_DIM, BLOCK_N, BLOCK_D)
-            if WANT_DV:
-                fill_rows(p_dv, None, first, last, BLOCK_N, stride_dvn, nan, nan, HEAD_DIM_V, BLOCK_N, BLOCK_DV)
+    if PACKED and (i_n == tiles_n - 1) & (claimed_k > len_k):
+        first, last = row_k + len_k, row_k + claimed_k
+        nan = float("nan")
+        if WANT_DK:
+            fill_rows(p_dk, None, first, last, BLOCK_N, stride_dkn, nan, nan, HEAD_DIM, BLOCK_N, BLOCK_D)
+        if WANT_DV:
+            fill_rows(p_dv, None, first, last, BLOCK_N, stride_dvn, nan, nan, HEAD_DIM_V, BLOCK_N, BLOCK_DV)

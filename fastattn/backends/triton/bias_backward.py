@@ -1,14 +1,16 @@
 """The gradients of biases: one pass that sums ds over every axis the bias is broadcast on.
 
-A program owns one tile of the bias's gradient and visits, in a fixed order, every tile of ds that reaches it, so the
-sums need neither atomics nor memory beyond the result. relative_bias lies along diagonals: tiles (m, m + t) carry the
-same diagonals at the same places, so a program sums them for one t as they are and skews the sum once at the end.
+A program owns one tile of the bias's gradient and visits, in a fixed order, every tile of ds that reaches it,
+so the sums need neither atomics nor memory beyond the result. relative_bias lies along diagonals: tiles (m, m
++ t) carry the same diagonals at the same places, so a program sums them for one t as they are and skews the
+sum once at the end.
 """
 
 import triton.language as tl
 
 from .rng import dropout_keep
 from .tiles import aligned, kernel, load_lse, load_rows, seen_keys, sequence_rows, weights
+
 
 @kernel
 def dbias_kernel(
@@ -18,7 +20,7 @@ def dbias_kernel(
     p_dout,
     p_lse,
     p_delta,
-    p_dbias,  # contiguous (bias_batch, bias_heads, Nq or 1, Nk or 1); if DIAGONAL (Hq, tile diagonals, 2, BLOCK)
+    p_dbias,  # (bias_batch, bias_heads, Nq or 1, Nk or 1); if DIAGONAL (Hq, tile diagonals, 2, BLOCK)
     p_key_mask,
     p_bias,
     p_relative_bias,
@@ -120,9 +122,8 @@ def dbias_kernel(
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
     o_t = tl.arange(0, BLOCK)
-    if HAS_DROPOUT:
-        if p_seed is not None:
-            seed = tl.load(p_seed).to(tl.uint64, bitcast=True)
+    if HAS_DROPOUT and p_seed is not None:
+        seed = tl.load(p_seed).to(tl.uint64, bitcast=True)
     b_sum = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
     for visit in range(sequences * heads * count_m * count_n):
         i_m = first_m + visit // count_n % count_m
@@ -134,8 +135,8 @@ def dbias_kernel(
         i_b64 = i_b.to(tl.int64)
         i_h64 = i_h.to(tl.int64)
         i_kv = (i_h // group_size).to(tl.int64)
-        row_q, len_q, claimed_q = sequence_rows(p_cu_q, i_b, seqlen_q, total_q, PACKED)
-        row_k, len_k, claimed_k = sequence_rows(p_cu_k, i_b, seqlen_k, total_k, PACKED)
+        row_q, len_q, _claimed_q = sequence_rows(p_cu_q, i_b, seqlen_q, total_q, PACKED)
+        row_k, len_k, _claimed_k = sequence_rows(p_cu_k, i_b, seqlen_k, total_k, PACKED)
         diagonal = len_k - len_q
         seen = (i_m * BLOCK < len_q) & (i_n * BLOCK < len_k)
         if HAS_RIGHT:
@@ -179,9 +180,9 @@ def dbias_kernel(
             m_in = m_m[:, None] & m_n[None, :]
             b_qk = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK, BLOCK]
             b_p, _ = weights(
-                b_qk, b_lse[:, None], o_m[:, None], o_n[None, :], m_in, diagonal, len_k, window_left, window_right,
-                scale, softcap, p_bias_bh, stride_bias_q, stride_bias_k, p_relative_h, seqlen_q, slope, True,
-                HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_BIAS, HAS_RELATIVE_BIAS, HAS_ALIBI,
+                b_qk, b_lse[:, None], o_m[:, None], o_n[None, :], m_in, diagonal, len_k, window_left,
+                window_right, scale, softcap, p_bias_bh, stride_bias_q, stride_bias_k, p_relative_h, seqlen_q,
+                slope, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_BIAS, HAS_RELATIVE_BIAS, HAS_ALIBI,
             )  # fmt: skip
             b_p = tl.where(m_in, b_p, 0.0)
             b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)  # [BLOCK, BLOCK]
@@ -191,7 +192,8 @@ def dbias_kernel(
             b_sum += b_p * (b_dp - b_delta[:, None])
 
     if DIAGONAL:
-        # Column c of the skewed sum holds diagonal c of the tile diagonal, or diagonal c − BLOCK where it wrapped.
+        # Column c of the skewed sum holds diagonal c of the tile diagonal, or diagonal c − BLOCK where it
+        # wrapped.
         o_wrapped = o_t[:, None] + o_t[None, :]
         b_skewed = tl.gather(b_sum, o_wrapped % BLOCK, 1)
         p_upper = p_dbias + pid.to(tl.int64) * (2 * BLOCK) + o_t
@@ -216,7 +218,10 @@ def dbias_kernel(
 
 @kernel
 def join_diagonals_kernel(p_parts, p_drelative, seqlen_q, seqlen_k, BLOCK: tl.constexpr):
-    """(Hq, tile diagonals, 2, BLOCK) partial sums into (Hq, seqlen_q + seqlen_k − 1): two parts to an entry."""
+    """(Hq, tile diagonals, 2, BLOCK) partial sums into (Hq, seqlen_q + seqlen_k − 1).
+
+    Two parts to an entry.
+    """
     tiles_m = tl.cdiv(seqlen_q, BLOCK)
     tile_diagonals = tiles_m + tl.cdiv(seqlen_k, BLOCK) - 1
     entries = seqlen_q + seqlen_k - 1
@@ -228,6 +233,10 @@ def join_diagonals_kernel(p_parts, p_drelative, seqlen_q, seqlen_k, BLOCK: tl.co
     i_t = o_shifted // BLOCK - 1  # the tile diagonal whose upper part holds it; its lower part is in the next
     o_c = o_shifted % BLOCK
     p_head = p_parts + i_h * tile_diagonals * 2 * BLOCK
-    b_upper = tl.load(p_head + i_t * 2 * BLOCK + o_c, mask=m_x & (i_t >= 0) & (i_t < tile_diagonals), other=0.0)
-    b_lower = tl.load(p_head + (i_t + 1) * 2 * BLOCK + BLOCK + o_c, mask=m_x & (i_t + 1 < tile_diagonals), other=0.0)
+    b_upper = tl.load(
+        p_head + i_t * 2 * BLOCK + o_c, mask=m_x & (i_t >= 0) & (i_t < tile_diagonals), other=0.0
+    )
+    b_lower = tl.load(
+        p_head + (i_t + 1) * 2 * BLOCK + BLOCK + o_c, mask=m_x & (i_t + 1 < tile_diagonals), other=0.0
+    )
     tl.store(p_drelative + i_h * entries + o_x, b_upper + b_lower, mask=m_x)

@@ -1,8 +1,8 @@
 """Which tiles a kernel runs with: pure functions of the architecture and the shape of a head.
 
-Architectures are CUDA compute capabilities as integers (75, 80, …), AMD names ("gfx942"), or "interpreter". The
-reasons beside the entries are counts from compiled code (python -m fastattn.backends.triton.compile, and the model of
-docs/performance-gpu.md), not timings.
+Architectures are CUDA compute capabilities as integers (75, 80, …), AMD names ("gfx942"), or "interpreter".
+The reasons beside the entries are counts from compiled code (python -m fastattn.backends.triton.compile, and
+the model of docs/performance-gpu.md), not timings.
 """
 
 from __future__ import annotations
@@ -121,7 +121,10 @@ FOLDED_ROWS = 64  # more rows than this fill a tile of one head well enough
 
 
 def decode_splits(tiles: int, seqlen_k: int, processors: int) -> int:
-    """Shares to split the keys into, so that `tiles` programs become enough for the processors: 1 is no split."""
+    """Shares to split the keys into, so that `tiles` programs become enough for the processors.
+
+    1 is no split.
+    """
     wanted = 2 * processors // max(tiles, 1)
     return max(1, min(wanted, seqlen_k // 256, 64))
 

@@ -1,9 +1,9 @@
-"""The forward kernel: attention over key tiles with a running softmax, and the pass that merges partial results.
+"""The forward kernel: attention over tiles of keys with a running softmax.
 
-Online softmax after Milakov & Gimelshein (2018), tiling after Dao (2022, 2023). Every feature is a constexpr switch
-whose code is absent when it is off. The same kernel serves one head's queries and the heads of a group folded into one
-tile (few queries, many keys: decoding); with SPLITS > 1 each program takes a share of the keys and writes a partial
-result, which decode.py merges.
+Online softmax after Milakov & Gimelshein (2018), tiling after Dao (2022, 2023). Every feature is a constexpr
+switch whose code is absent when it is off. The same kernel serves one head's queries and the heads of a group
+folded into one tile (few queries, many keys: decoding); with SPLITS > 1 each program takes a share of the
+keys and writes a partial result, which decode.py merges.
 """
 
 import triton.language as tl
@@ -24,6 +24,7 @@ from .tiles import (
     visible_keys,
     window_mask,
 )
+
 
 @kernel
 def forward_kernel(
@@ -122,19 +123,17 @@ def forward_kernel(
     stride_vb, stride_vh, stride_vn = aligned(stride_vb, stride_vh, stride_vn, ALIGN)
     stride_ob, stride_oh, stride_on = aligned(stride_ob, stride_oh, stride_on, ALIGN)
 
-    if PACKED:
-        if i_b == batch:
-            p_out_h = p_out + i_h.to(tl.int64) * stride_oh
-            p_lse_h = p_lse + i_h.to(tl.int64) * stride_lse_h if p_lse is not None else None
-            clear_loose_rows(
-                p_out_h, p_lse_h, p_cu_q, batch, total_q, i_m, tiles_m, stride_on, HEAD_DIM_V, BLOCK_M, BLOCK_DV
-            )
-            return
+    if PACKED and i_b == batch:
+        p_out_h = p_out + i_h.to(tl.int64) * stride_oh
+        p_lse_h = p_lse + i_h.to(tl.int64) * stride_lse_h if p_lse is not None else None
+        clear_loose_rows(
+            p_out_h, p_lse_h, p_cu_q, batch, total_q, i_m, tiles_m, stride_on, HEAD_DIM_V, BLOCK_M, BLOCK_DV
+        )
+        return
     row_q, len_q, claimed_q = sequence_rows(p_cu_q, i_b, seqlen_q, total_q, PACKED)
     row_k, len_k, claimed_k = sequence_rows(p_cu_k, i_b, seqlen_k, total_k, PACKED)
-    if PACKED:
-        if i_m * BLOCK_M >= len_q:
-            return
+    if PACKED and i_m * BLOCK_M >= len_q:
+        return
 
     o_r = i_m * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M] rows of the tile
     if FOLD_HEADS:
@@ -192,7 +191,8 @@ def forward_kernel(
         full_begin = tl.minimum(tl.maximum(full_begin, begin), begin + share)
         full_end = tl.minimum(tl.maximum(full_end, full_begin), begin + share)
 
-    # Tiles cut by the window's left edge; tiles that need no mask; tiles cut by the right edge or the last key.
+    # Tiles cut by the window's left edge; tiles that need no mask; tiles cut by the right edge or the last
+    # key.
     for part in tl.static_range(3):
         if part == 0:
             start, stop = begin, full_begin
@@ -206,7 +206,15 @@ def forward_kernel(
                 m_n = start_n + o_n < len_k  # [BLOCK_N]
                 if part != 1:
                     m_n = seen_keys(
-                        start_n + o_n, first_i, last_i, diagonal, len_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
+                        start_n + o_n,
+                        first_i,
+                        last_i,
+                        diagonal,
+                        len_k,
+                        window_left,
+                        window_right,
+                        HAS_LEFT,
+                        HAS_RIGHT,
                     )
                 if HAS_KEY_MASK:
                     m_n = m_n & (
@@ -273,9 +281,8 @@ def forward_kernel(
 
     b_sum = tl.sum(b_sum, 1)
     # An understated max_seqlen is known to the device alone: make it loud.
-    if PACKED:
-        if (claimed_q > len_q) | (claimed_k > len_k):
-            b_sum = b_sum * float("nan")
+    if PACKED and (claimed_q > len_q) | (claimed_k > len_k):
+        b_sum = b_sum * float("nan")
     b_weight = tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)
     if HAS_DROPOUT:
         b_weight = b_weight * keep_scale
@@ -286,12 +293,9 @@ def forward_kernel(
         b_lse = tl.where(b_sum == 0.0, float("-inf"), (b_max + tl.log2(b_sum)) * LN2)
         p_lse += i_split.to(tl.int64) * stride_split_lse
         tl.store(p_lse + i_b64 * stride_lse_b + o_h * stride_lse_h + (row_q + o_i), b_lse, mask=m_r)
-    if PACKED:
-        if (i_m == tiles_m - 1) & (claimed_q > len_q):
-            p_out_h = p_out + i_h.to(tl.int64) * stride_oh
-            p_lse_h = p_lse + i_h.to(tl.int64) * stride_lse_h if p_lse is not None else None
-            fill_rows(
-                p_out_h, p_lse_h, row_q + len_q, row_q + claimed_q, BLOCK_M, stride_on, float("nan"), float("nan"),
-                HEAD_DIM_V, BLOCK_M, BLOCK_DV,
-            )  # fmt: skip
-
+    if PACKED and (i_m == tiles_m - 1) & (claimed_q > len_q):
+        p_out_h = p_out + i_h.to(tl.int64) * stride_oh
+        p_lse_h = p_lse + i_h.to(tl.int64) * stride_lse_h if p_lse is not None else None
+        nan = float("nan")
+        first, last = row_q + len_q, row_q + claimed_q
+        fill_rows(p_out_h, p_lse_h, first, last, BLOCK_M, stride_on, nan, nan, HEAD_DIM_V, BLOCK_M, BLOCK_DV)

@@ -1,4 +1,7 @@
-"""From a problem and its tensors to kernel launches: grids, constexprs, strides. No arithmetic on tensors here."""
+"""From a problem and its tensors to kernel launches.
+
+Grids, constexprs, strides. No arithmetic on tensors here.
+"""
 
 from __future__ import annotations
 
@@ -94,32 +97,36 @@ def _arguments(problem: AttentionProblem, inputs: AttentionInputs) -> dict[str, 
     if bias is not None:
         bias_strides = tuple(bias.stride(axis) if bias.shape[axis] > 1 else 0 for axis in range(4))
     on_device = seed is not None and seed.device == problem.device and problem.device.type != "cpu"
-    return _fixed_arguments(problem) | {
-        "p_q": inputs.q,
-        "p_k": inputs.k,
-        "p_v": inputs.v,
-        "p_key_mask": None if key_mask is None else key_mask.view(torch.uint8),
-        "p_bias": bias,
-        "p_relative_bias": inputs.relative_bias,
-        "p_alibi": slopes,
-        "p_cu_q": inputs.cu_seqlens_q,
-        "p_cu_k": inputs.cu_seqlens_k,
-        # A seed on the device is read there: asking for its value would wait.
-        "p_seed": seed if on_device else None,
-        "seed": 0 if seed is None or on_device else seed.item() & (2**64 - 1),
-        "stride_lse_b": 0 if problem.packed else problem.num_heads * problem.seqlen_q,
-        "stride_lse_h": problem.total_q if problem.packed else problem.seqlen_q,
-        "stride_mask_b": 0 if key_mask is None else key_mask.stride(0),
-        "stride_mask_n": 0 if key_mask is None else key_mask.stride(1),
-        "stride_bias_b": bias_strides[0],
-        "stride_bias_h": bias_strides[1],
-        "stride_bias_q": bias_strides[2],
-        "stride_bias_k": bias_strides[3],
-        "stride_relative_h": 0 if inputs.relative_bias is None else inputs.relative_bias.stride(0),
-        "stride_alibi_b": slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
-        "stride_alibi_h": 0 if slopes is None else slopes.stride(-1),
-        "PRECISION": _precision(problem.dtype),
-    } | _named_strides({"q": inputs.q, "k": inputs.k, "v": inputs.v})
+    return (
+        _fixed_arguments(problem)
+        | {
+            "p_q": inputs.q,
+            "p_k": inputs.k,
+            "p_v": inputs.v,
+            "p_key_mask": None if key_mask is None else key_mask.view(torch.uint8),
+            "p_bias": bias,
+            "p_relative_bias": inputs.relative_bias,
+            "p_alibi": slopes,
+            "p_cu_q": inputs.cu_seqlens_q,
+            "p_cu_k": inputs.cu_seqlens_k,
+            # A seed on the device is read there: asking for its value would wait.
+            "p_seed": seed if on_device else None,
+            "seed": 0 if seed is None or on_device else seed.item() & (2**64 - 1),
+            "stride_lse_b": 0 if problem.packed else problem.num_heads * problem.seqlen_q,
+            "stride_lse_h": problem.total_q if problem.packed else problem.seqlen_q,
+            "stride_mask_b": 0 if key_mask is None else key_mask.stride(0),
+            "stride_mask_n": 0 if key_mask is None else key_mask.stride(1),
+            "stride_bias_b": bias_strides[0],
+            "stride_bias_h": bias_strides[1],
+            "stride_bias_q": bias_strides[2],
+            "stride_bias_k": bias_strides[3],
+            "stride_relative_h": 0 if inputs.relative_bias is None else inputs.relative_bias.stride(0),
+            "stride_alibi_b": slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
+            "stride_alibi_h": 0 if slopes is None else slopes.stride(-1),
+            "PRECISION": _precision(problem.dtype),
+        }
+        | _named_strides({"q": inputs.q, "k": inputs.k, "v": inputs.v})
+    )
 
 
 def _tiles(rows: int, block: int) -> int:
@@ -214,22 +221,18 @@ def backward(
     shape = (problem.head_dim, problem.head_dim_v, problem.dtype.itemsize)
     if any(gradient is not None for gradient in (dq, dk, dbias, drelative_bias)):
         arguments["p_delta"] = _delta(problem, out, dout, lse, dlse, arguments["ALIGN"])
-    sequences = problem.batch + problem.packed
+    sequences = problem.batch + problem.packed  # the packed rows without a sequence count as one more
     if dq is not None:
         config = configs.dq_config(arch, *shape)
-        _launch_or_zero(
-            dq_kernel, _tiles(problem.seqlen_q, config.block_m) * problem.num_heads * sequences, config, (dq,),
-            arguments | _named_strides({"dq": dq}) | {"p_dq": dq, "num_heads": problem.num_heads},
-        )  # fmt: skip
+        programs = _tiles(problem.seqlen_q, config.block_m) * problem.num_heads * sequences
+        own = _named_strides({"dq": dq}) | {"p_dq": dq, "num_heads": problem.num_heads}
+        _launch_or_zero(dq_kernel, programs, config, (dq,), arguments | own)
     if dk is not None or dv is not None:
         config = configs.dkdv_config(arch, *shape)
-        _launch_or_zero(
-            dkdv_kernel, _tiles(problem.seqlen_k, config.block_n) * problem.num_kv_heads * sequences, config, (dk, dv),
-            arguments | _named_strides({"dk": dk, "dv": dv}) | {
-                "p_dk": dk, "p_dv": dv, "num_heads": problem.num_kv_heads,
-                "WANT_DK": dk is not None, "WANT_DV": dv is not None,
-            },
-        )  # fmt: skip
+        programs = _tiles(problem.seqlen_k, config.block_n) * problem.num_kv_heads * sequences
+        own = _named_strides({"dk": dk, "dv": dv}) | {"p_dk": dk, "p_dv": dv}
+        own |= {"num_heads": problem.num_kv_heads, "WANT_DK": dk is not None, "WANT_DV": dv is not None}
+        _launch_or_zero(dkdv_kernel, programs, config, (dk, dv), arguments | own)
     config = configs.bias_config(arch, *shape)
     arguments["num_heads"] = problem.num_heads
     if dbias is not None:
@@ -238,8 +241,10 @@ def backward(
         _relative_bias_gradient(problem, arguments, drelative_bias, config)
 
 
-def _launch_or_zero(kernel, programs: int, config: TileConfig, results: tuple[Tensor | None, ...], arguments) -> None:
-    """Packed rows outside every sequence are the kernel's to clear, unless there is no sequence to launch it for."""
+def _launch_or_zero(
+    kernel, programs: int, config: TileConfig, results: tuple[Tensor | None, ...], arguments
+) -> None:
+    """Packed rows without a sequence are the kernel's to clear, if there is a sequence to launch it for."""
     if programs:
         kernel[(programs,)](**arguments, BLOCK_M=config.block_m, BLOCK_N=config.block_n, **config.options())
         return

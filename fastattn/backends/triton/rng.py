@@ -10,9 +10,9 @@ _ROUNDS = tl.constexpr(7)
 def dropout_keep(seed, o_b, o_h, o_i, start_j, o_c, drop_below):
     """Which weights of a tile dropout keeps, as booleans broadcast from o_i and o_c.
 
-    o_i: query indices, o_c: columns 0..BLOCK-1 of the tile whose first key is start_j, a multiple of BLOCK, and BLOCK
-    a power of two ≥ 16. Keeping start_j and o_c apart shows the compiler that columns 16 apart share a counter: the
-    seven rounds are written once per weight and run once per counter.
+    o_i: query indices, o_c: columns 0..BLOCK-1 of the tile whose first key is start_j, a multiple of BLOCK,
+    and BLOCK a power of two ≥ 16. Keeping start_j and o_c apart shows the compiler that columns 16 apart
+    share a counter: the seven rounds are written once per weight and run once per counter.
     """
     counter = (start_j // 128) * 16 + (o_c // 128) * 16 + o_c % 16
     slot = (start_j // 16 + o_c // 16) % 8

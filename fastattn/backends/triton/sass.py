@@ -1,8 +1,8 @@
 """What the main loop of a compiled NVIDIA kernel costs, counted from its SASS: a model, not a measurement.
 
-Per warp and iteration the model adds up the cycles each unit of an SM sub-partition needs at its data-sheet rate:
-tensor cores, MUFU (exponentials), FP32 and integer pipes, and one issue slot per instruction. The largest is the
-bound the loop can't beat. Latency, bank conflicts, occupancy and memory are outside it.
+Per warp and iteration the model adds up the cycles each unit of an SM sub-partition needs at its data-sheet
+rate: tensor cores, MUFU (exponentials), FP32 and integer pipes, and one issue slot per instruction. The
+largest is the bound the loop can't beat. Latency, bank conflicts, occupancy and memory are outside it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,22 @@ from pathlib import Path
 _FP32_CYCLES = {75: 2, 80: 2, 86: 1, 89: 1, 90: 1, 100: 1, 120: 1}
 _MATRIX = ("HMMA", "HGMMA", "UTCHMMA", "QMMA", "IMMA", "UTCQMMA")
 _FP32 = ("FADD", "FMUL", "FFMA", "FADD2", "FMUL2", "FFMA2", "FMNMX3")
-_ALU = ("FMNMX", "FSEL", "FSETP", "SEL", "ISETP", "LOP3", "PLOP3", "PRMT", "SHF", "IADD3", "LEA", "F2FP", "IMNMX", "MOV")
+_ALU = (
+    "FMNMX",
+    "FSEL",
+    "FSETP",
+    "SEL",
+    "ISETP",
+    "LOP3",
+    "PLOP3",
+    "PRMT",
+    "SHF",
+    "IADD3",
+    "LEA",
+    "F2FP",
+    "IMNMX",
+    "MOV",
+)
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Za-z0-9_.]+)(.*);")
 _LABEL = re.compile(r"^(\.L_x_\d+):")
 
@@ -55,7 +70,11 @@ def resources(cubin: bytes) -> dict[str, int]:
     """Registers, stack (bytes a thread spills to) and static shared memory, as cuobjdump reports them."""
     text = _run_on_file("cuobjdump", ["-res-usage"], cubin)
     found = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
-    return {"registers": found["REG"], "stack": found["STACK"] + found["LOCAL"], "static_shared": found["SHARED"]}
+    return {
+        "registers": found["REG"],
+        "stack": found["STACK"] + found["LOCAL"],
+        "static_shared": found["SHARED"],
+    }
 
 
 def _run_on_file(tool: str, options: list[str], cubin: bytes) -> str:
@@ -85,13 +104,18 @@ def matrix_loops(sass: str, arch: int) -> list[LoopCost]:
             opcodes.append((opcode, operands))
     with_matrix = [span for span in loops if any(_base(op) in _MATRIX for op, _ in opcodes[slice(*span)])]
     innermost = [
-        (a, b) for a, b in with_matrix if not any((c, d) != (a, b) and a <= c and d <= b for c, d in with_matrix)
+        (a, b)
+        for a, b in with_matrix
+        if not any((c, d) != (a, b) and a <= c and d <= b for c, d in with_matrix)
     ]
     return [_cost(opcodes[a:b], arch) for a, b in innermost]
 
 
 def main_loop(sass: str, arch: int) -> LoopCost | None:
-    """The unmasked loop: of those holding matrix instructions, the one with the fewest instructions for each."""
+    """The unmasked loop.
+
+    Of those holding matrix instructions, the one with the fewest instructions for each.
+    """
     loops = matrix_loops(sass, arch)
     return min(loops, key=lambda loop: loop.issue_per_tensor) if loops else None
 
@@ -118,7 +142,10 @@ def _cost(instructions: list[tuple[str, str]], arch: int) -> LoopCost:
 
 
 def _tensor_cycles(opcode: str) -> float:
-    """Cycles of one warp's share of a matrix instruction: 16x8x16 takes 8 on sm_80; wgmma does 512 FMA a cycle."""
+    """Cycles of one warp's share of a matrix instruction.
+
+    16x8x16 takes 8 on sm_80; wgmma does 512 FMA a cycle.
+    """
     shape = re.search(r"\.(\d+)x(\d+)x(\d+)", opcode)
     if _base(opcode) == "HGMMA" and shape:
         m, n, k = map(int, shape.groups())
@@ -127,3 +154,9 @@ def _tensor_cycles(opcode: str) -> float:
     fma = int(small[1]) * int(small[2]) * int(small[3]) if small else 2048
     tf32 = 2 if "TF32" in opcode else 1
     return 8.0 * fma * tf32 / 2048
+
+
+def matrix_count(sass: str) -> dict[str, int]:
+    """Matrix instructions of the whole kernel by opcode."""
+    opcodes = (match[2] for line in sass.splitlines() if (match := _INSTRUCTION.match(line)))
+    return dict(Counter(opcode for opcode in opcodes if _base(opcode) in _MATRIX))

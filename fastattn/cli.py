@@ -22,6 +22,7 @@ COMMANDS = {
     ),
     "predict": ("fastattn.finetune.predict", "label texts with a fine-tuned model"),
     "bench": ("fastattn.bench.command", "time the kernels against torch and the machine's peak"),
+    "build-cuda": ("fastattn.build_cuda", "compile the CUDA kernels with nvcc into this installation"),
     "doctor": ("fastattn.doctor", "what this machine can do, and why it cannot do the rest"),
 }
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130

@@ -1,4 +1,4 @@
-"""LoRA with peft in a loop of your own: the same steps unpatched and patched, timed, with the losses beside them.
+"""LoRA with peft in a loop of your own: the same steps unpatched and patched, with times and losses.
 
 Dropout is off here so that both compute the same; with it on, the patched model draws other random numbers.
 """

@@ -1,7 +1,7 @@
 """`fastattn finetune` on a table of one's own, then `fastattn predict`, here called from Python.
 
 On the command line:
-    fastattn finetune --data reviews.csv --text-column review --label-column verdict --steps 40 --out runs/reviews
+    fastattn finetune --data reviews.csv --text-column review --label-column verdict --out runs/reviews
     fastattn predict runs/reviews/model "a lovely little film"
 """
 

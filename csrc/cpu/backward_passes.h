@@ -1,6 +1,6 @@
-// The passes of the backward: by keys (dk, dv and dq on the way), by queries (dq alone), by cells of a bias, and by
-// diagonals of a relative bias. Each sum is formed by one unit, or by units that take turns, in an order that the
-// shape alone fixes.
+// The passes of the backward: by keys (dk, dv and dq on the way), by queries (dq alone), by cells of a bias,
+// and by diagonals of a relative bias. Each sum is formed by one unit, or by units that take turns, in an
+// order that the shape alone fixes.
 #ifndef FASTATTN_CPU_BACKWARD_PASSES_H
 #define FASTATTN_CPU_BACKWARD_PASSES_H
 
@@ -12,24 +12,27 @@ namespace fastattn::FASTATTN_ISA_NS {
 
 // ---- by keys --------------------------------------------------------------------------------
 
-// Where the fp32 sums of a query tile's dq are: (heads, rows, head_dim) of each sequence, or of the packed rows.
+// Where the fp32 sums of a query tile's dq are: (heads, rows, head_dim) of each sequence, or of the packed
+// rows.
 inline float* dq_sums_of(const fastattn_problem& p, float* sums, const Sequence& s, int64_t b,
                          const QueryTile& tile) {
-  const int64_t row = p.cu_seqlens_q != nullptr ? tile.head * p.total_q + s.q0
-                                                : (b * p.num_heads + tile.head) * p.seqlen_q;
+  const int64_t row =
+      p.cu_seqlens_q != nullptr ? tile.head * p.total_q + s.q0 : (b * p.num_heads + tile.head) * p.seqlen_q;
   return sums + (row + tile.i0) * p.head_dim;
 }
 
 template <class T, class E>
 struct KeyPass : Backward<T, E> {
   typedef Backward<T, E> Base;
-  using typename Base::Storage;
   using Base::io;
   using Base::p;
+  using typename Base::Storage;
   const bool want_dk, want_dq;
   int32_t* const turns;
   float* const shared_dq;
   float *dk, *dv, *dq;
+
+  const bool dk_in_place, dv_in_place, dq_in_place;
 
   explicit KeyPass(const Work& work)
       : Base(work, work.backward->dk.data != nullptr || work.backward->dq.data != nullptr,
@@ -37,7 +40,10 @@ struct KeyPass : Backward<T, E> {
         want_dk(io.dk.data != nullptr),
         want_dq(io.dq.data != nullptr),
         turns(work.turns),
-        shared_dq(work.dq_sums) {}
+        shared_dq(work.dq_sums),
+        dk_in_place(kFloat && p.head_dim % W == 0),
+        dv_in_place(kFloat && p.head_dim_v % W == 0 && !this->dropout.active),
+        dq_in_place(p.head_dim % W == 0) {}
 
   void lay_out(Arena& arena) {
     Base::lay_out(arena);
@@ -47,62 +53,97 @@ struct KeyPass : Backward<T, E> {
   }
 
   // Key tiles [entry.begin, entry.end) of one kv head against all queries of its group.
-  void run(const Entry& entry, int64_t kv_head) {
+  void run(const Entry& entry, int64_t kv_head, const Entry* next, int64_t next_head) {
     const Sequence s = sequence_of(p, entry.b);
     const Visibility visible = visibility_of(p, s);
     const int64_t tiles = ceil_div(s.nq, kQueryTile) * (p.num_heads / p.num_kv_heads);
     for (int64_t index = entry.begin; index < entry.end; ++index) {
       const int64_t begin = index * kKeyTile, end = begin + kKeyTile < s.nk ? begin + kKeyTile : s.nk;
       KeyTile keys;
-      const bool loaded = this->load_keys(s, entry.b, kv_head, begin, end, keys);
-      if (want_dk) __builtin_memset(dk, 0, (size_t)(kKeyTile * this->columns_ld) * sizeof(float));
-      if (this->want_dv) __builtin_memset(dv, 0, (size_t)(kKeyTile * this->columns_v_ld) * sizeof(float));
-      const bool careful = loaded && want_dq && !this->keys_finite(keys);
+      const bool loaded = this->load_keys(s, entry.b, kv_head, begin, end, want_dq, keys);
+      KeySums sums = key_sums(s, entry.b, kv_head, keys);
+      int finite = -1;
       for (int64_t t = 0; t < tiles; ++t) {
         const QueryTile tile = query_tile_of(p, s, kv_head, t);
         TileRows rows;
         const bool any = loaded && rows.set(visible, tile.i0, tile.rows, keys);
         if (any) {
+          Stream stream;
+          if (t + 1 < tiles)
+            this->announce_queries(s, entry.b, query_tile_of(p, s, kv_head, t + 1), stream);
+          else if (index + 1 == entry.end && next != nullptr)
+            announce(*next, next_head, stream);
+          stream.start(tile.rows);
+          const auto& q = *this->queries;
           this->load_queries(s, entry.b, tile, *this->queries);
-          this->weights_and_gradients(s, entry.b, *this->queries, rows, keys);
+          this->weights_and_gradients(s, entry.b, q, rows, keys, stream);
           if (this->want_dv)
-            this->add_to_keys(rows, keys, this->scores, this->weights, this->queries->dout_rows, this->columns_v_ld,
-                              p.head_dim_v, dv);
+            this->add_to_keys(rows, keys, this->scores, this->weights, q.dout_rows, q.dout_rows_ld,
+                              p.head_dim_v, sums.started, sums.dv, sums.dv_ld);
           if (want_dk)
-            this->add_to_keys(rows, keys, this->dscores, this->ds_by_columns, this->queries->q_rows, this->columns_ld,
-                              p.head_dim, dk);
-          if (want_dq) this->add_to_queries(rows, keys, careful && !rows.full, false, dq);
+            this->add_to_keys(rows, keys, this->dscores, this->ds_by_columns, q.q_rows, q.q_rows_ld,
+                              p.head_dim, sums.started, sums.dk, sums.dk_ld);
+          sums.started = true;
+          if (want_dq && !rows.full && finite < 0) finite = this->keys_finite(keys);
         }
-        if (want_dq) add_dq(s, entry.b, kv_head, tile, t, index, any);
+        if (want_dq)
+          add_dq(s, entry.b, kv_head, tile, t, index, any ? &rows : nullptr, keys, !rows.full && finite == 0);
       }
-      store_keys(s, entry.b, kv_head, begin, end, loaded ? &keys : nullptr);
+      store_keys(s, entry.b, kv_head, begin, end, loaded && sums.started ? &keys : nullptr);
     }
   }
 
  private:
-  // Key tile 0 writes the rows of dq, the others add to them, each after the one before it.
+  static constexpr bool kFloat = SameType<Storage, float>::value;
+
+  // Where the sums over queries are formed: in the gradients themselves where these are whole vectors of
+  // floats.
+  struct KeySums {
+    float *dk, *dv;
+    int64_t dk_ld, dv_ld;
+    bool started;
+  };
+  KeySums key_sums(const Sequence& s, int64_t b, int64_t kv_head, const KeyTile& keys) const {
+    KeySums sums = {dk, dv, this->columns_ld, this->columns_v_ld, false};
+    if (want_dk && dk_in_place)
+      sums.dk = row_of<float>(p, io.dk, b, kv_head, s.k0 + keys.begin), sums.dk_ld = io.dk.stride_n;
+    if (this->want_dv && dv_in_place)
+      sums.dv = row_of<float>(p, io.dv, b, kv_head, s.k0 + keys.begin), sums.dv_ld = io.dv.stride_n;
+    return sums;
+  }
+
+  void announce(const Entry& next, int64_t head, Stream& stream) const {
+    const Sequence s = sequence_of(p, next.b);
+    if (s.nq == 0 || s.nk == 0) return;
+    this->announce_queries(s, next.b, query_tile_of(p, s, head, 0), stream);
+    const int64_t begin = next.begin * kKeyTile, count = s.nk - begin < kKeyTile ? s.nk - begin : kKeyTile;
+    stream.add(row_of<const Storage>(p, p.k, next.b, head, s.k0 + begin), p.k.stride_n, count, p.head_dim);
+    stream.add(row_of<const Storage>(p, p.v, next.b, head, s.k0 + begin), p.v.stride_n, count, p.head_dim_v);
+  }
+
+  // dq of a query tile from this key tile. Key tile 0 writes it, the others add to it, each after the one
+  // before.
   void add_dq(const Sequence& s, int64_t b, int64_t kv_head, const QueryTile& tile, int64_t t, int64_t index,
-              bool any) {
+              const TileRows* rows, const KeyTile& keys, bool careful) {
+    int64_t ld;
+    float* target = dq_rows(s, b, tile, &ld);
+    if (rows != nullptr && !dq_in_place)
+      this->add_to_queries(*rows, keys, careful, false, dq, this->columns_ld);
     int32_t* turn = turns == nullptr ? nullptr : turns + turn_base(b, kv_head) + t;
     if (turn != nullptr)
       for (int spins = 0; __atomic_load_n(turn, __ATOMIC_ACQUIRE) != (int32_t)index; ++spins)
         if (spins > 1000) sched_yield();
-    int64_t stride;
-    float* target = dq_rows(s, b, tile, &stride);
-    for (int i = 0; i < tile.rows; ++i) {
-      float* row = target + i * stride;
-      const float* add = dq + i * this->columns_ld;
-      int64_t d = 0;
-      const int64_t n = p.head_dim;
-      if (index == 0) {
-        if (any)
-          store_row<F32>(add, 1.0f, n, row);
-        else
-          __builtin_memset(row, 0, (size_t)n * sizeof(float));
-      } else if (any) {
-        for (; d + W <= n; d += W) store(row + d, load(row + d) + load(add + d));
-        for (; d < n; ++d) row[d] += add[d];
-      }
+    if (rows == nullptr) {
+      for (int i = 0; i < tile.rows && index == 0; ++i)
+        __builtin_memset(target + i * ld, 0, (size_t)p.head_dim * sizeof(float));
+    } else if (dq_in_place) {
+      this->add_to_queries(*rows, keys, careful, index != 0, target, ld);
+    } else {
+      for (int i = 0; i < tile.rows; ++i)
+        for (int64_t d = 0; d < p.head_dim; ++d) {
+          const float x = dq[i * this->columns_ld + d];
+          target[i * ld + d] = index == 0 ? x : target[i * ld + d] + x;
+        }
     }
     if (turn != nullptr) __atomic_store_n(turn, (int32_t)index + 1, __ATOMIC_RELEASE);
   }
@@ -120,23 +161,25 @@ struct KeyPass : Backward<T, E> {
     return dq_sums_of(p, shared_dq, s, b, tile);
   }
 
-  void store_keys(const Sequence& s, int64_t b, int64_t kv_head, int64_t begin, int64_t end, const KeyTile* keys) {
+  // Sums to gradients. Rows that no query saw are zero, whatever their sums hold.
+  void store_keys(const Sequence& s, int64_t b, int64_t kv_head, int64_t begin, int64_t end,
+                  const KeyTile* keys) {
     for (int64_t j = begin; j < end; ++j) {
       const bool inside = keys != nullptr && j >= keys->begin && j < keys->begin + keys->count;
       const int64_t r = inside ? j - keys->begin : 0;
-      // Rows that no query saw are zero; the sums of row 0 times zero would not do where they are not finite.
       const bool zero = !inside || (keys->holes && keys->keep[r] == 0);
-      store_gradient(row_of<Storage>(p, io.dk, b, kv_head, s.k0 + j), want_dk, dk + r * this->columns_ld, 1.0f,
-                     p.head_dim, zero);
-      store_gradient(row_of<Storage>(p, io.dv, b, kv_head, s.k0 + j), this->want_dv, dv + r * this->columns_v_ld,
-                     this->dropout.scale, p.head_dim_v, zero);
+      store_gradient(row_of<Storage>(p, io.dk, b, kv_head, s.k0 + j), want_dk, dk_in_place,
+                     dk + r * this->columns_ld, 1.0f, p.head_dim, zero);
+      store_gradient(row_of<Storage>(p, io.dv, b, kv_head, s.k0 + j), this->want_dv, dv_in_place,
+                     dv + r * this->columns_v_ld, this->dropout.scale, p.head_dim_v, zero);
     }
   }
-  static void store_gradient(Storage* target, bool wanted, const float* sums, float factor, int64_t n, bool zero) {
+  static void store_gradient(Storage* target, bool wanted, bool in_place, const float* sums, float factor,
+                             int64_t n, bool zero) {
     if (!wanted) return;
     if (zero)
       __builtin_memset(target, 0, (size_t)n * sizeof(Storage));
-    else
+    else if (!in_place)
       store_row<T>(sums, factor, n, target);
   }
 };
@@ -148,7 +191,7 @@ struct ConvertPass {
   explicit ConvertPass(const Work& w) : work(w) {}
   void lay_out(Arena& arena) { arena.take<float>(1); }
 
-  void run(const Entry& entry, int64_t kv_head) {
+  void run(const Entry& entry, int64_t kv_head, const Entry*, int64_t) {
     const fastattn_problem& p = *work.problem;
     const fastattn_tensor& dq = work.backward->dq;
     const Sequence s = sequence_of(p, entry.b);
@@ -167,19 +210,20 @@ struct ConvertPass {
 template <class T, class E>
 struct QueryPass : Backward<T, E> {
   typedef Backward<T, E> Base;
-  using typename Base::Storage;
   using Base::io;
   using Base::p;
+  using typename Base::Storage;
   float* dq;
 
-  explicit QueryPass(const Work& work) : Base(work, true, false, false, kTilesPerUnit) {}
+  explicit QueryPass(const Work& work)
+      : Base(work, true, false, false, (int)most_tiles_per_unit(*work.problem)) {}
 
   void lay_out(Arena& arena) {
     Base::lay_out(arena);
-    dq = arena.take<float>(kTilesPerUnit * kQueryTile * this->columns_ld);
+    dq = arena.take<float>(this->slots * kQueryTile * this->columns_ld);
   }
 
-  void run(const Entry& entry, int64_t kv_head) {
+  void run(const Entry& entry, int64_t kv_head, const Entry*, int64_t) {
     const Sequence s = sequence_of(p, entry.b);
     const Visibility visible = visibility_of(p, s);
     const int count = (int)(entry.end - entry.begin);
@@ -195,14 +239,24 @@ struct QueryPass : Backward<T, E> {
     KeyTile keys;
     for (int64_t j = key_begin; j < key_end; j = (j / kKeyTile + 1) * kKeyTile) {
       const int64_t stop = (j / kKeyTile + 1) * kKeyTile;
-      if (!this->load_keys(s, entry.b, kv_head, j, stop < key_end ? stop : key_end, keys)) continue;
+      if (!this->load_keys(s, entry.b, kv_head, j, stop < key_end ? stop : key_end, true, keys)) continue;
+      Stream stream;
+      if (stop < key_end) {
+        const int64_t ahead = key_end - stop < kKeyTile ? key_end - stop : kKeyTile;
+        stream.add(row_of<const Storage>(p, p.k, entry.b, kv_head, s.k0 + stop), p.k.stride_n, ahead,
+                   p.head_dim);
+        stream.add(row_of<const Storage>(p, p.v, entry.b, kv_head, s.k0 + stop), p.v.stride_n, ahead,
+                   p.head_dim_v);
+      }
+      stream.start(count * kQueryTile);
       int finite = -1;
       for (int t = 0; t < count; ++t) {
         TileRows rows;
         if (!rows.set(visible, tiles[t].i0, tiles[t].rows, keys)) continue;
-        this->weights_and_gradients(s, entry.b, this->queries[t], rows, keys);
+        this->weights_and_gradients(s, entry.b, this->queries[t], rows, keys, stream);
         if (!rows.full && finite < 0) finite = this->keys_finite(keys);
-        this->add_to_queries(rows, keys, !rows.full && finite == 0, started[t], dq + t * kQueryTile * this->columns_ld);
+        this->add_to_queries(rows, keys, !rows.full && finite == 0, started[t],
+                             dq + t * kQueryTile * this->columns_ld, this->columns_ld);
         started[t] = true;
       }
     }

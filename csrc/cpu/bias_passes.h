@@ -1,5 +1,6 @@
-// Gradients of a bias and of a relative bias. A cell of either collects dS from every (sequence, head, query, key)
-// it was broadcast to; one unit owns a set of cells and visits its sources in a fixed order, recomputing dS.
+// Gradients of a bias and of a relative bias. A cell of either collects dS from every (sequence, head, query,
+// key) it was broadcast to; one unit owns a set of cells and visits its sources in a fixed order, recomputing
+// dS.
 #ifndef FASTATTN_CPU_BIAS_PASSES_H
 #define FASTATTN_CPU_BIAS_PASSES_H
 
@@ -30,9 +31,9 @@ struct BiasPass : Backward<T, E> {
     row_totals = arena.take<float>(kQueryTile);
   }
 
-  // entry: sequence index (of the bias) and one query tile of it, or all where the bias has no query axis; head: of
-  // the bias.
-  void run(const Entry& entry, int64_t head) {
+  // entry: sequence index (of the bias) and one query tile of it, or all where the bias has no query axis;
+  // head: of the bias.
+  void run(const Entry& entry, int64_t head, const Entry*, int64_t) {
     const fastattn_bias& d = io.dbias;
     const int64_t i0 = entry.begin * kQueryTile;
     const int64_t rows_left = p.seqlen_q - i0;
@@ -41,7 +42,8 @@ struct BiasPass : Backward<T, E> {
     for (int i = 0; i < rows; ++i) row_totals[i] = 0.0f;
     for (int64_t j = 0; j < p.seqlen_k; j += kKeyTile) {
       __builtin_memset(sums, 0, (size_t)(kQueryTile * kScoreLd) * sizeof(float));
-      const Span64 sequences = sources(d.stride_b, entry.b, p.batch), heads = sources(d.stride_h, head, p.num_heads);
+      const Span64 sequences = sources(d.stride_b, entry.b, p.batch),
+                   heads = sources(d.stride_h, head, p.num_heads);
       for (int64_t b = sequences.begin; b < sequences.end; ++b)
         for (int64_t h = heads.begin; h < heads.end; ++h)
           for (int64_t t = entry.begin; t < entry.end; ++t) add_tile(b, h, t * kQueryTile, j);
@@ -66,11 +68,12 @@ struct BiasPass : Backward<T, E> {
     const int64_t kv_head = h / (p.num_heads / p.num_kv_heads);
     const QueryTile tile = {h, i0, (int)(s.nq - i0 < kQueryTile ? s.nq - i0 : kQueryTile)};
     KeyTile keys;
-    if (!this->load_keys(s, b, kv_head, j, j + kKeyTile < s.nk ? j + kKeyTile : s.nk, keys)) return;
+    if (!this->load_keys(s, b, kv_head, j, j + kKeyTile < s.nk ? j + kKeyTile : s.nk, false, keys)) return;
     TileRows rows;
     if (!rows.set(visibility_of(p, s), i0, tile.rows, keys)) return;
     this->load_queries(s, b, tile, *this->queries);
-    this->weights_and_gradients(s, b, *this->queries, rows, keys);
+    Stream stream;
+    this->weights_and_gradients(s, b, *this->queries, rows, keys, stream);
     const int shift = (int)(keys.begin - j);
     for (int i = 0; i < tile.rows; ++i) {
       float* to = sums + (io.dbias.stride_q == 0 ? 0 : i * kScoreLd) + shift;
@@ -89,7 +92,7 @@ struct RelativePass : Backward<T, E> {
   explicit RelativePass(const Work& work) : Base(work, true, false, true, 1) {}
 
   // All diagonals of one head, in place; entry is ignored.
-  void run(const Entry&, int64_t h) {
+  void run(const Entry&, int64_t h, const Entry*, int64_t) {
     float* diagonals = io.drelative_bias + h * io.drelative_bias_stride_h;
     const int64_t count = p.seqlen_q + p.seqlen_k - 1;
     if (count > 0) __builtin_memset(diagonals, 0, (size_t)count * sizeof(float));
@@ -99,13 +102,15 @@ struct RelativePass : Backward<T, E> {
       const Visibility visible = visibility_of(p, s);
       for (int64_t j = 0; j < s.nk; j += kKeyTile) {
         KeyTile keys;
-        if (!this->load_keys(s, b, kv_head, j, j + kKeyTile < s.nk ? j + kKeyTile : s.nk, keys)) continue;
+        if (!this->load_keys(s, b, kv_head, j, j + kKeyTile < s.nk ? j + kKeyTile : s.nk, false, keys))
+          continue;
         for (int64_t i0 = 0; i0 < s.nq; i0 += kQueryTile) {
           const QueryTile tile = {h, i0, (int)(s.nq - i0 < kQueryTile ? s.nq - i0 : kQueryTile)};
           TileRows rows;
           if (!rows.set(visible, i0, tile.rows, keys)) continue;
           this->load_queries(s, b, tile, *this->queries);
-          this->weights_and_gradients(s, b, *this->queries, rows, keys);
+          Stream stream;
+          this->weights_and_gradients(s, b, *this->queries, rows, keys, stream);
           for (int i = 0; i < tile.rows; ++i) {
             float* to = diagonals + keys.begin - (i0 + i) + p.seqlen_q - 1;
             const float* from = this->dscores + i * kScoreLd;

@@ -10,8 +10,8 @@
 
 namespace fastattn {
 
-#define FASTATTN_DECLARE(ns) \
-  namespace ns {             \
+#define FASTATTN_DECLARE(ns)    \
+  namespace ns {                \
   extern const Kernels kernels; \
   }
 FASTATTN_DECLARE(isa_portable)
@@ -88,7 +88,8 @@ const char* runnable_names() {
 }  // namespace
 
 const Kernels* select_kernels(fastattn_status* status) {
-  // Read at each call: a getenv costs nanoseconds, and a test can then force one instruction set after another.
+  // Read at each call: a getenv costs nanoseconds, and a test can then force one instruction set after
+  // another.
   const char* wanted = getenv("FASTATTN_CPU_ISA");
   const Kernels* best = nullptr;
   for (const Candidate& c : kCandidates) {
@@ -96,14 +97,16 @@ const Kernels* select_kernels(fastattn_status* status) {
       if (c.automatic && c.runs()) best = c.kernels;
     } else if (strcmp(wanted, c.kernels->name) == 0) {
       if (c.runs()) return c.kernels;
-      *status = fail(FASTATTN_UNSUPPORTED, "FASTATTN_CPU_ISA is %s, which this processor does not run; it runs %s.",
-                     wanted, runnable_names());
+      *status =
+          fail(FASTATTN_UNSUPPORTED, "FASTATTN_CPU_ISA is %s, which this processor does not run; it runs %s.",
+               wanted, runnable_names());
       return nullptr;
     }
   }
   if (best == nullptr)
-    *status = fail(FASTATTN_INVALID_ARGUMENT, "FASTATTN_CPU_ISA is '%.64s', which this library does not have; it has %s.",
-                   wanted, runnable_names());
+    *status = fail(FASTATTN_INVALID_ARGUMENT,
+                   "FASTATTN_CPU_ISA is '%.64s', which this library does not have; it has %s.", wanted,
+                   runnable_names());
   return best;
 }
 

@@ -1,4 +1,5 @@
-// The dropout stream of common/philox.h for a run of keys of one row: W counters a vector, 128 weights a block.
+// The dropout stream of common/philox.h for a run of keys of one row: W counters a vector, 128 weights a
+// block.
 #ifndef FASTATTN_CPU_DROPOUT_H
 #define FASTATTN_CPU_DROPOUT_H
 

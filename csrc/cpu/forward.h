@@ -1,5 +1,5 @@
-// Forward: a unit is one kv head of one sequence and up to kTilesPerUnit query tiles of the query heads that share
-// it. Key tiles are packed once per unit; all of a unit's state stays in L2.
+// Forward: a unit is one kv head of one sequence and up to kTilesPerUnit query tiles of the query heads that
+// share it. Key tiles are packed once per unit; all of a unit's state stays in L2.
 //
 //   for each key tile:  pack K^T in panels, V by rows
 //     for each query tile:  S = Q K^T;  terms, masks;  P = softmax(S);  dropout;  O += P V
@@ -26,9 +26,13 @@ struct Forward {
   const int64_t depth, depth_ld;  // head_dim in units, and of a row of it
   const int64_t columns_ld;       // of a row of V or O
   const int64_t panel_stride;
+  const int64_t slots;  // query tiles of a unit
+  // fp32 queries whose rows lie close together are read where they are.
+  static constexpr bool kSameUnits = SameType<Storage, Unit>::value;
+  const bool queries_in_place;
 
   // workspace
-  Unit *keys, *panels, *values, *queries, *weights;
+  Unit *staging, *panels, *values, *queries, *weights;
   float *scores, *sums;
   RowState* state;
 
@@ -40,59 +44,70 @@ struct Forward {
         depth(ceil_div(p.head_dim, E::kPerUnit)),
         depth_ld(operand_ld(depth)),
         columns_ld(operand_ld(p.head_dim_v)),
-        panel_stride(depth * kNR) {}
+        panel_stride(depth * kNR),
+        slots(most_tiles_per_unit(p)),
+        queries_in_place(kSameUnits && p.q.stride_n == p.head_dim) {}
 
   void lay_out(Arena& arena) {
-    keys = arena.take<Unit>(kKeyTile * depth_ld);
+    staging = arena.take<Unit>(E::kPerUnit == 2 ? kKeyTile * depth_ld : 0);
     panels = arena.take<Unit>((kKeyTile + kNR) / kNR * panel_stride);
     values = arena.take<Unit>(kKeyTile * columns_ld);
-    queries = arena.take<Unit>(kTilesPerUnit * kQueryTile * depth_ld);
+    queries = arena.take<Unit>(queries_in_place ? 0 : slots * kQueryTile * depth_ld);
     weights = arena.take<Unit>(kQueryTile * kScoreLd);
     scores = arena.take<float>(kQueryTile * kScoreLd);
-    sums = arena.take<float>(kTilesPerUnit * kQueryTile * columns_ld);
-    state = arena.take<RowState>(kTilesPerUnit);
+    sums = arena.take<float>(slots * kQueryTile * columns_ld);
+    state = arena.take<RowState>(slots);
   }
 
-  void run(const Entry& entry, int64_t kv_head) {
+  void run(const Entry& entry, int64_t kv_head, const Entry* next, int64_t next_head) {
     const Sequence s = sequence_of(p, entry.b);
     const Visibility visible = visibility_of(p, s);
     const uint8_t* mask = p.key_mask == nullptr ? nullptr : p.key_mask + entry.b * p.key_mask_stride_b;
     const int tile_count = (int)(entry.end - entry.begin);
     QueryTile tiles[kTilesPerUnit];
+    const Unit* q[kTilesPerUnit];
     bool started[kTilesPerUnit];
+    int64_t row_count = 0;
     for (int t = 0; t < tile_count; ++t) {
       tiles[t] = query_tile_of(p, s, kv_head, entry.begin + t);
+      row_count += tiles[t].rows;
       started[t] = false;
       state[t].reset(tiles[t].rows);
-      Packer<T, E>::rows(row_of<const Storage>(p, p.q, entry.b, tiles[t].head, s.q0 + tiles[t].i0), p.q.stride_n,
-                         tiles[t].rows, p.head_dim, nullptr, queries + t * kQueryTile * depth_ld, depth_ld,
-                         round_up(depth, W));
+      q[t] = load_queries(s, entry.b, tiles[t], queries + t * kQueryTile * depth_ld);
     }
 
     int64_t key_begin, key_end;
     key_range_of(visible, tiles, tile_count, &key_begin, &key_end);
     const Storage* k = row_of<const Storage>(p, p.k, entry.b, kv_head, s.k0);
     const Storage* v = row_of<const Storage>(p, p.v, entry.b, kv_head, s.k0);
-    KeyTile keys_here;
-    for (int64_t j = key_begin; j < key_end; j = (j / kKeyTile + 1) * kKeyTile) {
-      const int64_t stop = (j / kKeyTile + 1) * kKeyTile;
-      trim_key_tile(mask, j, stop < key_end ? stop : key_end, keys_here);
-      if (keys_here.count == 0) continue;
-      const int32_t* keep = keys_here.holes ? keys_here.keep : nullptr;
-      Packer<T, E>::rows(k + keys_here.begin * p.k.stride_n, p.k.stride_n, keys_here.count, p.head_dim, keep, keys,
-                         depth_ld, round_up(depth, W));
-      transpose_to_panels(keys, depth_ld, keys_here.count, depth, panels, panel_stride);
-      Packer<T, E>::interleave(v + keys_here.begin * p.v.stride_n, p.v.stride_n, keys_here.count, p.head_dim_v, keep,
+    KeyTile keys;
+    for (int64_t j = key_begin, after; j < key_end; j = after) {
+      after = (j / kKeyTile + 1) * kKeyTile;
+      trim_key_tile(mask, j, after < key_end ? after : key_end, keys);
+      if (keys.count == 0) continue;
+      const int32_t* keep = keys.holes ? keys.keep : nullptr;
+      Panels<T, E>::pack(k + keys.begin * p.k.stride_n, p.k.stride_n, keys.count, p.head_dim, keep, panels,
+                         staging);
+      Packer<T, E>::interleave(v + keys.begin * p.v.stride_n, p.v.stride_n, keys.count, p.head_dim_v, keep,
                                values, columns_ld, round_up(p.head_dim_v, W));
+      Stream stream;
+      if (after < key_end) {
+        const int64_t count = key_end - after < kKeyTile ? key_end - after : kKeyTile;
+        stream.add(k + after * p.k.stride_n, p.k.stride_n, count, p.head_dim);
+        stream.add(v + after * p.v.stride_n, p.v.stride_n, count, p.head_dim_v);
+      } else if (next != nullptr) {
+        announce(*next, next_head, stream);
+      }
+      stream.start(row_count);
       int finite = -1;  // not looked yet
       for (int t = 0; t < tile_count; ++t) {
         TileRows rows;
-        if (!rows.set(visible, tiles[t].i0, tiles[t].rows, keys_here)) continue;
-        score_tile(s, entry.b, tiles[t], rows, keys_here, queries + t * kQueryTile * depth_ld, state[t],
-                   sums + t * kQueryTile * columns_ld);
+        if (!rows.set(visible, tiles[t].i0, tiles[t].rows, keys)) continue;
+        score_tile(s, entry.b, tiles[t], rows, keys, q[t], state[t], sums + t * kQueryTile * columns_ld,
+                   stream);
         if (!rows.full && finite < 0)
-          finite = all_finite(values, columns_ld, keys_here.count, round_up(p.head_dim_v, W));
-        add_values(rows, keys_here, !rows.full && finite == 0, started[t], sums + t * kQueryTile * columns_ld);
+          finite = all_finite(values, columns_ld, keys.count, round_up(p.head_dim_v, W));
+        add_values(rows, keys, !rows.full && finite == 0, started[t], sums + t * kQueryTile * columns_ld);
         started[t] = true;
       }
     }
@@ -100,26 +115,50 @@ struct Forward {
       finish(s, entry.b, tiles[t], state[t], started[t], sums + t * kQueryTile * columns_ld);
   }
 
+  // The A operand of a query tile, in place or packed into `buffer`.
+  const Unit* load_queries(const Sequence& s, int64_t b, const QueryTile& tile, Unit* buffer) const {
+    const Storage* source = row_of<const Storage>(p, p.q, b, tile.head, s.q0 + tile.i0);
+    if constexpr (kSameUnits)
+      if (queries_in_place) return source;
+    Packer<T, E>::rows(source, p.q.stride_n, tile.rows, p.head_dim, nullptr, buffer, depth_ld,
+                       round_up(depth, W));
+    return buffer;
+  }
+
+  // What the next unit reads and writes first.
+  void announce(const Entry& next, int64_t head, Stream& stream) const {
+    const Sequence s = sequence_of(p, next.b);
+    const QueryTile tile = query_tile_of(p, s, head, next.begin);
+    stream.add(row_of<const Storage>(p, p.q, next.b, tile.head, s.q0 + tile.i0), p.q.stride_n, tile.rows,
+               p.head_dim);
+    stream.add(row_of<const Storage>(p, result.out, next.b, tile.head, s.q0 + tile.i0), result.out.stride_n,
+               tile.rows, p.head_dim_v);
+    const int64_t keys = s.nk < kKeyTile ? s.nk : kKeyTile;
+    stream.add(row_of<const Storage>(p, p.k, next.b, head, s.k0), p.k.stride_n, keys, p.head_dim);
+    stream.add(row_of<const Storage>(p, p.v, next.b, head, s.k0), p.v.stride_n, keys, p.head_dim_v);
+  }
+
   // scores = weights of this tile; sums and state brought to its maximum.
-  void score_tile(const Sequence& s, int64_t b, const QueryTile& tile, const TileRows& rows, const KeyTile& keys_here,
-                  const Unit* q, RowState& row_state, float* sum_rows) {
+  void score_tile(const Sequence& s, int64_t b, const QueryTile& tile, const TileRows& rows,
+                  const KeyTile& keys, const Unit* q, RowState& row_state, float* sum_rows, Stream& stream) {
     gemm<E, false>(
-        keys_here.padded, q, depth_ld, panels, panel_stride, kNR, scores, kScoreLd, false,
-        [&](int c0, int c1) { return rows.rows_of(c0, c1); },
+        keys.padded, q, queries_in_place ? p.q.stride_n : depth_ld, panels, panel_stride, kNR, scores,
+        kScoreLd, false, [&](int c0, int c1) { return rows.rows_of(c0, c1); },
         [&](int, int) { return Range{0, (int)depth}; });
     const float scale = has_terms ? 1.0f : p.softmax_scale * kLog2e;
     int32_t keep[kKeyTile + kDropoutLanes];
     for (int i = 0; i < tile.rows; ++i) {
+      stream.step();
       float* row = scores + i * kScoreLd;
       const int begin = rows.begin[i], end = rows.end[i];
       if (begin >= end) {
-        zero_outside(row, 0, 0, keys_here.padded);
+        zero_outside(row, 0, 0, keys.padded);
         continue;
       }
       const int first = begin / W * W, last = (int)round_up(end, W);
       if (has_terms)
-        finish_scores(p, s, b, tile.head, tile.i0 + i, keys_here.begin + first, end - first, row + first, nullptr);
-      mask_row(row, begin, end, keys_here, -kInf);
+        finish_scores(p, s, b, tile.head, tile.i0 + i, keys.begin + first, end - first, row + first, nullptr);
+      mask_row(row, begin, end, keys, -kInf);
       float rescale;
       if (softmax_row(row, first, last, scale, row_state.peak[i], row_state.sum[i], &rescale))
         for (int64_t d = 0; d < p.head_dim_v; d += W) {
@@ -127,25 +166,24 @@ struct Forward {
           store(sum, load(sum) * rescale);
         }
       if (dropout.active) {
-        dropout.row(b, tile.head, tile.i0 + i, keys_here.begin, end, keep);
+        dropout.row(b, tile.head, tile.i0 + i, keys.begin, end, keep);
         for (int c = first; c < last; c += W)
           store(row + c, as_float(as_int(load(row + c)) & load_as<vi>(keep + c)));
       }
-      zero_outside(row, begin, end, keys_here.padded);
+      zero_outside(row, begin, end, keys.padded);
     }
   }
 
-  void add_values(const TileRows& rows, const KeyTile& keys_here, bool careful, bool accumulate, float* sum_rows) {
+  void add_values(const TileRows& rows, const KeyTile& keys, bool careful, bool accumulate, float* sum_rows) {
     if (careful) {
       if (!accumulate) __builtin_memset(sum_rows, 0, (size_t)(rows.rows * columns_ld) * sizeof(float));
-      add_visible(rows, keys_here, scores, values, columns_ld, p.head_dim_v, sum_rows, columns_ld);
+      add_visible(rows, keys, scores, values, columns_ld, p.head_dim_v, sum_rows, columns_ld);
       return;
     }
-    const Unit* a = Weights<E>::by_rows(scores, kScoreLd, rows.rows, keys_here.padded, weights, kScoreLd);
-    gemm<E, false>(
-        (int)round_up(p.head_dim_v, W), a, kScoreLd, values, kNR, columns_ld, sum_rows, columns_ld, accumulate,
-        [&](int, int) { return Range{0, rows.rows}; },
-        [&](int i0, int i1) { return to_units<E>(rows.columns_of(i0, i1)); });
+    const Unit* a = Weights<E>::by_rows(scores, kScoreLd, rows.rows, keys.padded, weights, kScoreLd);
+    gemm<E, false>((int)round_up(p.head_dim_v, W), a, kScoreLd, values, kNR, columns_ld, sum_rows, columns_ld,
+                   accumulate, [&](int, int) { return Range{0, rows.rows}; },
+                   [&](int i0, int i1) { return to_units<E>(rows.columns_of(i0, i1)); });
   }
 
   void finish(const Sequence& s, int64_t b, const QueryTile& tile, const RowState& row_state, bool started,
@@ -158,8 +196,9 @@ struct Forward {
       store_row<T>(sum_rows + i * columns_ld, factor, p.head_dim_v, out + i * result.out.stride_n);
     }
     if (result.lse != nullptr)
-      log_sum_exp(row_state.peak, row_state.sum, tile.rows,
-                  scalar_of(p, result.lse, result.lse_stride_b, result.lse_stride_h, b, tile.head, s.q0 + tile.i0));
+      log_sum_exp(
+          row_state.peak, row_state.sum, tile.rows,
+          scalar_of(p, result.lse, result.lse_stride_b, result.lse_stride_h, b, tile.head, s.q0 + tile.i0));
   }
 };
 

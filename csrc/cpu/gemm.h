@@ -4,10 +4,11 @@
 // neighbours along K, so K counts pairs, and nothing else differs. C is always fp32.
 //
 //   B    panels of kNR columns: unit (k, n) of a panel at b[k * ld + n], its columns contiguous and aligned
-//   A    by rows (unit (i, k) at a[i * ld + k]) or by columns (at a[k * ld + i]); broadcast one unit at a time
+//   A    by rows (unit (i, k) at a[i * ld + k]) or by columns (at a[k * ld + i]); broadcast one unit at a
+//   time
 //
-// A micro-kernel keeps a block of up to 6 rows x kNR columns of C in registers for the whole of K: per step kNV
-// loads of B and 6 broadcasts of A feed 6 * kNV multiply-adds (Goto and van de Geijn 2008).
+// A micro-kernel keeps a block of up to 6 rows x kNR columns of C in registers for the whole of K: per step
+// kNV loads of B and 6 broadcasts of A feed 6 * kNV multiply-adds (Goto and van de Geijn 2008).
 #ifndef FASTATTN_CPU_GEMM_H
 #define FASTATTN_CPU_GEMM_H
 
@@ -83,17 +84,16 @@ __attribute__((noinline)) void micro_kernel(int64_t k_count, const typename E::U
 }
 
 template <class E>
-using MicroKernel = void (*)(int64_t, const typename E::Unit*, int64_t, const typename E::Unit*, int64_t, float*,
-                             int64_t, bool);
+using MicroKernel = void (*)(int64_t, const typename E::Unit*, int64_t, const typename E::Unit*, int64_t,
+                             float*, int64_t, bool);
 
 template <class E, bool kByColumns>
 struct MicroKernels {
-#define FASTATTN_ROW(NV)                                                          \
-  {                                                                               \
-    micro_kernel<E, 1, NV, kByColumns>, micro_kernel<E, 2, NV, kByColumns>,       \
-        micro_kernel<E, 3, NV, kByColumns>, micro_kernel<E, 4, NV, kByColumns>,   \
-        micro_kernel<E, 5, NV, kByColumns>, micro_kernel<E, 6, NV, kByColumns>    \
-  }
+#define FASTATTN_ROW(NV)                                                      \
+  {                                                                           \
+      micro_kernel<E, 1, NV, kByColumns>, micro_kernel<E, 2, NV, kByColumns>, \
+      micro_kernel<E, 3, NV, kByColumns>, micro_kernel<E, 4, NV, kByColumns>, \
+      micro_kernel<E, 5, NV, kByColumns>, micro_kernel<E, 6, NV, kByColumns>}
   static constexpr MicroKernel<E> table[kNV][kMR] = {FASTATTN_ROW(1), FASTATTN_ROW(2),
 #if FASTATTN_VECTOR_BYTES == 64 || defined(__ARM_NEON)
                                                      FASTATTN_ROW(3), FASTATTN_ROW(4)
@@ -102,16 +102,18 @@ struct MicroKernels {
 #undef FASTATTN_ROW
 };
 
-// How many of the `left` rows the next block takes: 6, but never leaving a block of 1 or 2 that would starve the
-// multipliers.
-FASTATTN_ALWAYS int block_rows(int left) { return left >= 2 * kMR ? kMR : left <= kMR ? left : (left + 1) / 2; }
+// How many of the `left` rows the next block takes: 6, but never leaving a block of 1 or 2 that would starve
+// the multipliers.
+FASTATTN_ALWAYS int block_rows(int left) {
+  return left >= 2 * kMR ? kMR : left <= kMR ? left : (left + 1) / 2;
+}
 
 struct Range {
   int begin, end;
 };
 
-// rows_of(n0, n1): the rows that are needed of columns n0..n1; depth_of(i0, i1): the part of K that rows i0..i1
-// have anything in. Masks shrink both; with no mask they are the whole.
+// rows_of(n0, n1): the rows that are needed of columns n0..n1; depth_of(i0, i1): the part of K that rows
+// i0..i1 have anything in. Masks shrink both; with no mask they are the whole.
 template <class E, bool kByColumns, class RowsOf, class DepthOf>
 FASTATTN_ALWAYS void gemm(int n_count, const typename E::Unit* a, int64_t lda, const typename E::Unit* b,
                           int64_t panel_stride, int64_t ldb, float* c, int64_t ldc, bool accumulate,

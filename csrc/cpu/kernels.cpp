@@ -13,7 +13,9 @@ template <template <class, class> class Pass, class T, class E>
 void run_units(Work* work) {
   Pass<T, E> pass(*work);
   if (!get_workspace(*work, pass)) return;
-  take_units(*work, work->heads, [&](const Entry& entry, int64_t head) { pass.run(entry, head); });
+  take_units(*work, work->heads, [&](const Entry& entry, int64_t head, const Entry* next, int64_t next_head) {
+    pass.run(entry, head, next, next_head);
+  });
 }
 
 void dropout_mask_row(uint64_t seed, float p, int64_t b, int64_t h, int64_t i, int64_t nk, uint8_t* keep) {
@@ -36,7 +38,7 @@ typedef Single ForBF16;
 #endif
 
 #define FASTATTN_BY_DTYPE(Pass) \
-  { run_units<Pass, F32, Single>, run_units<Pass, F16, Single>, run_units<Pass, BF16, ForBF16> }
+  {run_units<Pass, F32, Single>, run_units<Pass, F16, Single>, run_units<Pass, BF16, ForBF16>}
 
 }  // namespace
 

@@ -1,5 +1,6 @@
-// What one instruction set offers: worker functions that take units of work until none is left. Called once per
-// thread; every unit's result is a function of the unit alone, so the number of threads cannot change a bit.
+// What one instruction set offers: worker functions that take units of work until none is left. Called once
+// per thread; every unit's result is a function of the unit alone, so the number of threads cannot change a
+// bit.
 #ifndef FASTATTN_CPU_KERNELS_H
 #define FASTATTN_CPU_KERNELS_H
 
@@ -7,8 +8,8 @@
 
 namespace fastattn {
 
-// Sequence b, and query tiles [begin, end) counted over the heads of a group: tile t is query tile t % T of the
-// group's head t / T. Key passes use key tiles instead. Every entry stands for num_kv_heads units.
+// Sequence b, and query tiles [begin, end) counted over the heads of a group: tile t is query tile t % T of
+// the group's head t / T. Key passes use key tiles instead. Every entry stands for num_kv_heads units.
 struct Entry {
   int64_t b, begin, end;
   int64_t cost;  // visible (query, key) pairs, for handing out the longest first
@@ -41,7 +42,8 @@ struct Kernels {
   void (*dropout_mask)(uint64_t seed, float p, int64_t b, int64_t h, int64_t i, int64_t nk, uint8_t* keep);
 };
 
-// The workspace of the calling thread, at least `bytes` and aligned to a cache line; nullptr if there is no memory.
+// The workspace of the calling thread, at least `bytes` and aligned to a cache line; nullptr if there is no
+// memory.
 void* thread_workspace(size_t bytes);
 
 }  // namespace fastattn

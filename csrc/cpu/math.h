@@ -13,8 +13,9 @@ constexpr float kInf = __builtin_inff();
 // 2^x for x <= 0, which is what softmax asks for; larger arguments count as 0, and below -126.5 the result is
 // exactly 0. NaN stays NaN.
 //
-// x = n + f with n the nearest integer: adding 1.5 * 2^23 + 127 leaves n + 127 in the low mantissa bits, which
-// shifted by 23 are the bits of 2^n (0 for n = -127). 2^f by a degree-5 minimax polynomial, 2e-7 relative.
+// x = n + f with n the nearest integer: adding 1.5 * 2^23 + 127 leaves n + 127 in the low mantissa bits,
+// which shifted by 23 are the bits of 2^n (0 for n = -127). 2^f by a degree-5 minimax polynomial, 2e-7
+// relative.
 FASTATTN_ALWAYS vf exp2_nonpositive(vf x) {
   const vf magic = splat(12582912.0f + 127.0f);
 #if defined(__AVX512F__) && FASTATTN_VECTOR_BYTES == 64
@@ -36,7 +37,8 @@ FASTATTN_ALWAYS vf exp2_nonpositive(vf x) {
   return p * as_float(as_int(t) << 23);
 }
 
-// Natural logarithm of a positive, normal x: 2 artanh((m - 1) / (m + 1)) + e ln 2 with m in [sqrt(1/2), sqrt(2)).
+// Natural logarithm of a positive, normal x: 2 artanh((m - 1) / (m + 1)) + e ln 2 with m in [sqrt(1/2),
+// sqrt(2)).
 FASTATTN_ALWAYS vf log_positive(vf x) {
   const vi bits = as_int(x), e = (bits - 0x3F3504F3) >> 23;
   const vf m = as_float(bits - (e << 23));

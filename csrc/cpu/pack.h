@@ -1,8 +1,8 @@
 // From the caller's tensors (any of three dtypes, any strides) to the operands of gemm.h, and back.
 //
-//   rows       row-major units, zero-padded to a whole vector: the A operand, and for fp32 also B with K = rows
-//   interleave for bf16 pairs: two neighbouring rows in each unit: B with K = rows
-//   panels     the transpose of rows, in panels of kNR: B with K = head_dim
+//   rows       row-major units, zero-padded to a whole vector: the A operand, and for fp32 also B with K =
+//   rows interleave for bf16 pairs: two neighbouring rows in each unit: B with K = rows panels     the
+//   transpose of rows, in panels of kNR: B with K = head_dim
 //
 // No load reaches beyond the last element of a row: tails go through a zeroed buffer.
 #ifndef FASTATTN_CPU_PACK_H
@@ -58,14 +58,31 @@ FASTATTN_ALWAYS void store_row(const float* row, float factor, int64_t n, typena
   if (d < n) store_tail<T>(target + d, load(row + d) * factor, n - d);
 }
 
+template <class A, class B>
+struct SameType {
+  static constexpr bool value = false;
+};
+template <class A>
+struct SameType<A, A> {
+  static constexpr bool value = true;
+};
+
+// Whether fp32 rows can serve as B where they lie: dense, whole vectors, and spread over enough of L1's sets
+// (64 sets of 8 lines; rows a power of two apart share few) that a panel of `count` rows stays there. Else a
+// copy pays.
+FASTATTN_ALWAYS bool rows_in_place(int64_t stride, int64_t n, int64_t count) {
+  const int64_t lines = n / 16;
+  return stride == n && n % 16 == 0 && count * (lines & -lines) <= 256;
+}
+
 template <class T, class E>
 struct Packer;
 
 template <class T>
 struct Packer<T, Single> {
   // (rows, n) to row-major units; rows where keep is 0 become zero (keep may be null).
-  static void rows(const typename T::Storage* source, int64_t stride, int64_t count, int64_t n, const int32_t* keep,
-                   float* units, int64_t ld, int64_t padded) {
+  static void rows(const typename T::Storage* source, int64_t stride, int64_t count, int64_t n,
+                   const int32_t* keep, float* units, int64_t ld, int64_t padded) {
     for (int64_t i = 0; i < count; ++i) {
       const bool wanted = keep == nullptr || keep[i] != 0;
       load_row<T>(source + i * stride, wanted ? n : 0, units + i * ld, padded);
@@ -90,8 +107,8 @@ struct Packer<BF16, Pair> {
       __builtin_memset(row + used, 0, (size_t)(padded * 2 - used) * 2);
     }
   }
-  static void interleave(const uint16_t* source, int64_t stride, int64_t count, int64_t n, const int32_t* keep,
-                         uint32_t* units, int64_t ld, int64_t padded) {
+  static void interleave(const uint16_t* source, int64_t stride, int64_t count, int64_t n,
+                         const int32_t* keep, uint32_t* units, int64_t ld, int64_t padded) {
     for (int64_t i = 0; i < count; i += 2) {
       const uint16_t* even = source + i * stride;
       const uint16_t* odd = even + stride;
@@ -120,7 +137,8 @@ struct Packer<BF16, Pair> {
 // a[l + kStep] / b[l] (not kLow): one exchange of the butterfly that transposes a W x W block.
 template <int kStep, bool kLow, int... kLane>
 FASTATTN_ALWAYS vf exchange(vf a, vf b) {
-#define FASTATTN_LANE(l) (kLow ? ((l) & kStep ? W + (l)-kStep : (l)) : ((l) & kStep ? W + (l) : (l) + kStep))
+#define FASTATTN_LANE(l) \
+  (kLow ? ((l) & kStep ? W + (l) - kStep : (l)) : ((l) & kStep ? W + (l) : (l) + kStep))
 #define FASTATTN_LANES4(l) FASTATTN_LANE(l), FASTATTN_LANE(l + 1), FASTATTN_LANE(l + 2), FASTATTN_LANE(l + 3)
 #if FASTATTN_VECTOR_BYTES == 64
   return __builtin_shufflevector(a, b, FASTATTN_LANES4(0), FASTATTN_LANES4(4), FASTATTN_LANES4(8),
@@ -145,25 +163,68 @@ FASTATTN_ALWAYS void butterfly(vf (&x)[W]) {
   if constexpr (kStep > 1) butterfly<kStep / 2>(x);
 }
 
-// Row-major units (count, n) to panels of kNR columns with ld = kNR: unit (d, row). Columns from count to the next
-// multiple of W are zero.
-template <class Unit>
-__attribute__((noinline)) void transpose_to_panels(const Unit* rows, int64_t ld, int64_t count, int64_t n,
-                                                   Unit* panels, int64_t panel_stride) {
-  for (int64_t r = 0; r < count; r += W) {
-    Unit* panel = panels + r / kNR * panel_stride + r % kNR;
-    for (int64_t d = 0; d < n; d += W) {
-      vf x[W];
+// One W x W block of panels: units [d, d + W) of W rows that load(i) yields.
+template <class Unit, class Load>
+FASTATTN_ALWAYS void transpose_block(Unit* panel, int64_t d, int64_t n, Load load_row_at) {
+  vf x[W];
 #pragma GCC unroll 16
-      for (int i = 0; i < W; ++i) x[i] = r + i < count ? load_as<vf>(rows + (r + i) * ld + d) : vf{};
-      butterfly<W / 2>(x);
-      const int64_t left = n - d;
+  for (int i = 0; i < W; ++i) x[i] = load_row_at(i);
+  butterfly<W / 2>(x);
+  if (d + W <= n) {
 #pragma GCC unroll 16
-      for (int i = 0; i < W; ++i)
-        if (i < left) store(panel + (d + i) * kNR, x[i]);
-    }
+    for (int i = 0; i < W; ++i) store(panel + (d + i) * kNR, x[i]);
+  } else {
+    for (int i = 0; d + i < n; ++i) store(panel + (d + i) * kNR, x[i]);
   }
 }
+
+// (count, n) elements to panels of kNR columns with ld = kNR: unit (d, row), with K = head_dim in units. Rows
+// where keep is 0, and columns from count to the next multiple of W, are zero.
+template <class T, class E>
+struct Panels;
+
+template <class T>
+struct Panels<T, Single> {
+  static void pack(const typename T::Storage* source, int64_t stride, int64_t count, int64_t n,
+                   const int32_t* keep, float* panels, float*) {
+    for (int64_t r = 0; r < count; r += W) {
+      float* panel = panels + r / kNR * n * kNR + r % kNR;
+      const typename T::Storage* rows = source + r * stride;
+      bool whole = r + W <= count;
+      if (keep != nullptr)
+        for (int i = 0; i < W; ++i) whole &= r + i < count && keep[r + i] != 0;
+      int64_t d = 0;
+      if (whole)
+        for (; d + W <= n; d += W)
+          transpose_block(panel, d, n, [&](int i) { return T::load(rows + i * stride + d); });
+      for (; d < n; d += W)
+        transpose_block(panel, d, n, [&](int i) {
+          if (r + i >= count || (keep != nullptr && keep[r + i] == 0)) return vf{};
+          const typename T::Storage* row = rows + i * stride + d;
+          return n - d >= W ? T::load(row) : load_tail<T>(row, n - d);
+        });
+    }
+  }
+};
+
+#if defined(FASTATTN_BF16_DOT)
+template <>
+struct Panels<BF16, Pair> {
+  // By way of `staging`, zero-padded rows of pairs.
+  static void pack(const uint16_t* source, int64_t stride, int64_t count, int64_t n, const int32_t* keep,
+                   uint32_t* panels, uint32_t* staging) {
+    const int64_t depth = (n + 1) / 2, padded = (depth + W - 1) / W * W;
+    Packer<BF16, Pair>::rows(source, stride, count, n, keep, staging, padded, padded);
+    for (int64_t r = 0; r < count; r += W) {
+      uint32_t* panel = panels + r / kNR * depth * kNR + r % kNR;
+      for (int64_t d = 0; d < depth; d += W)
+        transpose_block(panel, d, depth, [&](int i) {
+          return r + i < count ? load_as<vf>(staging + (r + i) * padded + d) : vf{};
+        });
+    }
+  }
+};
+#endif
 
 // ---- weights as operands ---------------------------------------------------------------------
 

@@ -10,9 +10,9 @@
 namespace fastattn {
 
 // Tile sizes are the same on every instruction set, so that results differ by rounding of sums alone.
-constexpr int kQueryTile = 64;   // rows of a score tile
-constexpr int kKeyTile = 256;    // its columns, a multiple of kDropoutBlock
-constexpr int kTilesPerUnit = 4;  // query tiles that share one packing of a key tile
+constexpr int kQueryTile = 64;    // rows of a score tile
+constexpr int kKeyTile = 256;     // its columns, a multiple of kDropoutBlock
+constexpr int kTilesPerUnit = 8;  // query tiles that may share one packing of a key tile
 
 // Sequence b: its lengths and, in the packed layout, its first rows.
 struct Sequence {
@@ -31,7 +31,8 @@ static inline int64_t batch_offset(const fastattn_problem& p, int64_t b, int64_t
 
 // Row `row0` of head h of sequence b, as elements of type T.
 template <class T>
-static inline T* row_of(const fastattn_problem& p, const fastattn_tensor& t, int64_t b, int64_t h, int64_t row0) {
+static inline T* row_of(const fastattn_problem& p, const fastattn_tensor& t, int64_t b, int64_t h,
+                        int64_t row0) {
   return (T*)t.data + batch_offset(p, b, t.stride_b) + h * t.stride_h + row0 * t.stride_n;
 }
 
@@ -65,8 +66,13 @@ static inline Visibility visibility_of(const fastattn_problem& p, const Sequence
 }
 
 static inline bool has_score_terms(const fastattn_problem& p) {
-  return p.softcap > 0.0f || p.bias.data != nullptr || p.relative_bias != nullptr || p.alibi_slopes != nullptr ||
-         !(p.softmax_scale > 0.0f);
+  return p.softcap > 0.0f || p.bias.data != nullptr || p.relative_bias != nullptr ||
+         p.alibi_slopes != nullptr || !(p.softmax_scale > 0.0f);
+}
+
+// Query tiles whose state fits into L2 beside a packed key tile.
+static inline int64_t most_tiles_per_unit(const fastattn_problem& p) {
+  return p.head_dim + p.head_dim_v <= 128 ? kTilesPerUnit : kTilesPerUnit / 2;
 }
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -1,4 +1,5 @@
-// Terms of a score beyond scale * q k^T: soft capping, bias, relative bias and ALiBi, added to a row of a tile.
+// Terms of a score beyond scale * q k^T: soft capping, bias, relative bias and ALiBi, added to a row of a
+// tile.
 #ifndef FASTATTN_CPU_SCORE_H
 #define FASTATTN_CPU_SCORE_H
 
@@ -13,19 +14,21 @@ inline void load_bias_row(const typename T::Storage* source, int64_t stride, int
   for (int j = 0; j < n; ++j) row[j] = load_tail<T>(source + j * stride, 1)[0];
 }
 
-inline void load_bias_row(const fastattn_problem& p, int64_t b, int64_t h, int64_t i, int64_t j, int n, float* row) {
+inline void load_bias_row(const fastattn_problem& p, int64_t b, int64_t h, int64_t i, int64_t j, int n,
+                          float* row) {
   const fastattn_bias& bias = p.bias;
   const int64_t offset = b * bias.stride_b + h * bias.stride_h + i * bias.stride_q + j * bias.stride_k;
-  if (p.bias_dtype == FASTATTN_F32) return load_bias_row<F32>((const float*)bias.data + offset, bias.stride_k, n, row);
+  if (p.bias_dtype == FASTATTN_F32)
+    return load_bias_row<F32>((const float*)bias.data + offset, bias.stride_k, n, row);
   const uint16_t* source = (const uint16_t*)bias.data + offset;
   if (p.bias_dtype == FASTATTN_F16) return load_bias_row<F16>(source, bias.stride_k, n, row);
   load_bias_row<BF16>(source, bias.stride_k, n, row);
 }
 
-// Turns products q k^T of query i and keys [j, j + n) into whole scores in units of log2 e. Where `slope` is given
-// it receives the derivative of the soft cap, 1 - tanh^2. Rows are whole vectors long.
-inline void finish_scores(const fastattn_problem& p, const Sequence& s, int64_t b, int64_t h, int64_t i, int64_t j,
-                          int n, float* row, float* slope) {
+// Turns products q k^T of query i and keys [j, j + n) into whole scores in units of log2 e. Where `slope` is
+// given it receives the derivative of the soft cap, 1 - tanh^2. Rows are whole vectors long.
+inline void finish_scores(const fastattn_problem& p, const Sequence& s, int64_t b, int64_t h, int64_t i,
+                          int64_t j, int n, float* row, float* slope) {
   const bool capped = p.softcap > 0.0f;
   const float to_cap = capped ? p.softmax_scale / p.softcap : p.softmax_scale;
   float terms[kKeyTile];

@@ -1,5 +1,5 @@
-// Online softmax of a tile (Milakov and Gimelshein 2018; Dao 2022): weights in base 2 against the running maximum,
-// running sums, and a rescaling of what was summed so far only for rows whose maximum has moved.
+// Online softmax of a tile (Milakov and Gimelshein 2018; Dao 2022): weights in base 2 against the running
+// maximum, running sums, and a rescaling of what was summed so far only for rows whose maximum has moved.
 #ifndef FASTATTN_CPU_SOFTMAX_H
 #define FASTATTN_CPU_SOFTMAX_H
 
@@ -16,8 +16,8 @@ struct RowState {
   }
 };
 
-// Scores row[begin..end) (whole vectors, hidden ones at -inf) times `scale` become weights; true if earlier sums
-// of this row have to be multiplied with *rescale.
+// Scores row[begin..end) (whole vectors, hidden ones at -inf) times `scale` become weights; true if earlier
+// sums of this row have to be multiplied with *rescale.
 FASTATTN_ALWAYS bool softmax_row(float* row, int begin, int end, float scale, float& peak, float& sum,
                                  float* rescale) {
   vf top0 = splat(-kInf), top1 = top0;

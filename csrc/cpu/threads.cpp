@@ -1,5 +1,5 @@
-// Threads: one work item for each, because torch's parallel_for splits its range statically; the real units are
-// handed out by a counter inside the worker.
+// Threads: one work item for each, because torch's parallel_for splits its range statically; the real units
+// are handed out by a counter inside the worker.
 #include <pthread.h>
 
 #include "internal.h"
@@ -22,8 +22,8 @@ void* run_thread(void* context) {
   return nullptr;
 }
 
-// Without a caller's pool: threads that live for one call, so that nothing survives into a forked child. A thread
-// that cannot be started is no error: the others take its units.
+// Without a caller's pool: threads that live for one call, so that nothing survives into a forked child. A
+// thread that cannot be started is no error: the others take its units.
 void run_on_own_threads(int32_t count, Job* job) {
   enum { kMost = 256 };
   pthread_t threads[kMost];
@@ -48,7 +48,8 @@ void run_on_threads(const fastattn_executor* executor, Worker worker, Work* work
   } else if (executor->parallel_for == nullptr) {
     run_on_own_threads(count, &job);
   } else if (executor->parallel_for(0, count, 1, run_range, &job) != 0) {
-    run_range(0, 1, &job);  // the pool refused; whatever it did run has taken its units, the rest is done here
+    run_range(0, 1,
+              &job);  // the pool refused; whatever it did run has taken its units, the rest is done here
   }
 }
 

@@ -1,6 +1,6 @@
-// A score tile: kQueryTile queries against kKeyTile keys, which of its cells count, and the passes that prepare the
-// scores. Each feature is a pass over a tile that sits in cache: it costs a few cycles a vector where the products
-// cost D / 2 of them, and it leaves the plain path alone.
+// A score tile: kQueryTile queries against kKeyTile keys, which of its cells count, and the passes that
+// prepare the scores. Each feature is a pass over a tile that sits in cache: it costs a few cycles a vector
+// where the products cost D / 2 of them, and it leaves the plain path alone.
 #ifndef FASTATTN_CPU_TILE_H
 #define FASTATTN_CPU_TILE_H
 
@@ -110,7 +110,8 @@ FASTATTN_ALWAYS void mask_row(float* row, int begin, int end, const KeyTile& key
       store(row + j, load_as<vi>(keys.keep + j) != 0 ? load(row + j) : hidden);
 }
 
-// Rows are zero where they are not visible, so that products may run over any range that covers the visible one.
+// Rows are zero where they are not visible, so that products may run over any range that covers the visible
+// one.
 FASTATTN_ALWAYS void zero_outside(float* row, int begin, int end, int padded) {
   for (int j = 0; j < begin / W * W; j += W) store(row + j, vf{});
   for (int j = (int)round_up(end, W); j < padded; j += W) store(row + j, vf{});
@@ -137,7 +138,9 @@ inline bool all_finite(const uint32_t* units, int64_t ld, int count, int64_t n) 
   return hsum(sum) == 0.0f;
 }
 
-FASTATTN_ALWAYS float unit_value(const float* units, int64_t ld, int row, int64_t d) { return units[row * ld + d]; }
+FASTATTN_ALWAYS float unit_value(const float* units, int64_t ld, int row, int64_t d) {
+  return units[row * ld + d];
+}
 FASTATTN_ALWAYS float unit_value(const uint32_t* units, int64_t ld, int row, int64_t d) {
   const uint32_t pair = units[row / 2 * ld + d], bits = row % 2 != 0 ? pair & 0xFFFF0000u : pair << 16;
   float x;
@@ -145,11 +148,11 @@ FASTATTN_ALWAYS float unit_value(const uint32_t* units, int64_t ld, int row, int
   return x;
 }
 
-// sums += weights * keys, visiting visible cells alone: the slow way, taken when a key that only some rows see holds
-// NaN or inf, which times a zero weight would be NaN.
+// sums += weights * keys, visiting visible cells alone: the slow way, taken when a key that only some rows
+// see holds NaN or inf, which times a zero weight would be NaN.
 template <class Unit>
-void add_visible(const TileRows& t, const KeyTile& keys, const float* weights, const Unit* units, int64_t units_ld,
-                 int64_t n, float* sums, int64_t ld) {
+void add_visible(const TileRows& t, const KeyTile& keys, const float* weights, const Unit* units,
+                 int64_t units_ld, int64_t n, float* sums, int64_t ld) {
   for (int i = 0; i < t.rows; ++i)
     for (int j = t.begin[i]; j < t.end[i]; ++j) {
       if (keys.holes && keys.keep[j] == 0) continue;

@@ -18,7 +18,8 @@ inline QueryTile query_tile_of(const fastattn_problem& p, const Sequence& s, int
 }
 
 // The keys that the rows of any of `count` tiles see, from a multiple of kDropoutLanes on.
-inline void key_range_of(const Visibility& visible, const QueryTile* tiles, int count, int64_t* begin, int64_t* end) {
+inline void key_range_of(const Visibility& visible, const QueryTile* tiles, int count, int64_t* begin,
+                         int64_t* end) {
   *begin = visible.nk, *end = 0;
   for (int t = 0; t < count; ++t) {
     const int64_t first = visible.begin(tiles[t].i0), last = visible.end(tiles[t].i0 + tiles[t].rows - 1);
@@ -28,14 +29,49 @@ inline void key_range_of(const Visibility& visible, const QueryTile* tiles, int 
   *begin = *begin / kDropoutLanes * kDropoutLanes;
 }
 
-// Calls body(entry, head) for units until none is left.
+// Rows that will be wanted soon. A unit begins with cold data, and a core waits longer for a few kilobytes
+// from memory than it needs for a small head, so each row of scores asks for a few rows of what comes next.
+class Stream {
+ public:
+  template <class Storage>
+  void add(const Storage* rows, int64_t stride, int64_t count, int64_t n) {
+    if (count <= 0) return;
+    sources_[sources_used_++] = {(const char*)rows, stride * (int64_t)sizeof(Storage), count,
+                                 (n * (int64_t)sizeof(Storage) + 63) / 64};
+    if (count > rows_) rows_ = count;
+  }
+  // Spreads what was added over `steps` steps.
+  void start(int64_t steps) { per_step_ = steps > 0 ? ceil_div(rows_, steps) : 0; }
+  FASTATTN_ALWAYS_MEMBER void step() {
+    const int64_t last = next_ + per_step_ < rows_ ? next_ + per_step_ : rows_;
+    for (; next_ < last; ++next_)
+      for (int s = 0; s < sources_used_; ++s)
+        for (int64_t line = 0; line < (next_ < sources_[s].count ? sources_[s].lines : 0); ++line)
+          __builtin_prefetch(sources_[s].rows + next_ * sources_[s].stride + line * 64, 0, 2);
+  }
+
+ private:
+  struct Source {
+    const char* rows;
+    int64_t stride, count, lines;
+  };
+  Source sources_[8];
+  int sources_used_ = 0;
+  int64_t rows_ = 0, next_ = 0, per_step_ = 0;
+};
+
+// Calls body(entry, head, next entry or nullptr, next head) for units until none is left; the next unit is
+// known where it is taken together with this one.
 template <class Body>
 FASTATTN_ALWAYS void take_units(Work& work, int64_t heads, Body body) {
   for (;;) {
     const int64_t first = __atomic_fetch_add(&work.next, work.grain, __ATOMIC_RELAXED);
     if (first >= work.unit_count) return;
     const int64_t last = first + work.grain < work.unit_count ? first + work.grain : work.unit_count;
-    for (int64_t u = first; u < last; ++u) body(work.entries[u / heads], u % heads);
+    for (int64_t u = first; u < last; ++u) {
+      const Entry* next = u + 1 < last ? &work.entries[(u + 1) / heads] : nullptr;
+      body(work.entries[u / heads], u % heads, next, (u + 1) % heads);
+    }
   }
 }
 

@@ -12,7 +12,7 @@ thread_local char last_error[256] = "no error";
 
 #define REQUIRE(condition, ...) \
   if (!(condition)) return fail(FASTATTN_INVALID_ARGUMENT, __VA_ARGS__)
-#define CHECK(call)                                      \
+#define CHECK(call) \
   if (const fastattn_status status_ = (call); status_ != FASTATTN_OK) return status_
 
 constexpr int64_t kMostRows = INT64_C(1) << 31;  // the Philox counters are 32-bit words
@@ -43,8 +43,10 @@ fastattn_status validate_problem(const fastattn_problem* p) {
   REQUIRE(p != nullptr, "problem is a null pointer.");
   REQUIRE(p->struct_size == sizeof(fastattn_problem),
           "problem.struct_size is %u; this library's problem has %zu bytes.", p->struct_size, sizeof(*p));
-  REQUIRE(p->dtype >= FASTATTN_F32 && p->dtype <= FASTATTN_BF16, "dtype is %d; it must be 0, 1 or 2.", p->dtype);
-  REQUIRE(p->batch >= 0 && p->batch < kMostRows, "batch is %lld; it must be in 0..2^31-1.", (long long)p->batch);
+  REQUIRE(p->dtype >= FASTATTN_F32 && p->dtype <= FASTATTN_BF16, "dtype is %d; it must be 0, 1 or 2.",
+          p->dtype);
+  REQUIRE(p->batch >= 0 && p->batch < kMostRows, "batch is %lld; it must be in 0..2^31-1.",
+          (long long)p->batch);
   REQUIRE(p->num_heads >= 1 && p->num_heads < kMostRows, "num_heads is %lld; it must be positive.",
           (long long)p->num_heads);
   REQUIRE(p->num_kv_heads >= 1 && p->num_heads % p->num_kv_heads == 0,
@@ -54,7 +56,8 @@ fastattn_status validate_problem(const fastattn_problem* p) {
           (long long)p->seqlen_q);
   REQUIRE(p->seqlen_k >= 0 && p->seqlen_k < kMostRows, "seqlen_k is %lld; it must be in 0..2^31-1.",
           (long long)p->seqlen_k);
-  REQUIRE(p->head_dim >= 1 && p->head_dim <= 256, "head_dim is %lld; it must be in 1..256.", (long long)p->head_dim);
+  REQUIRE(p->head_dim >= 1 && p->head_dim <= 256, "head_dim is %lld; it must be in 1..256.",
+          (long long)p->head_dim);
   REQUIRE(p->head_dim_v >= 1 && p->head_dim_v <= 256, "head_dim_v is %lld; it must be in 1..256.",
           (long long)p->head_dim_v);
   REQUIRE(isfinite(p->softmax_scale), "softmax_scale is not finite.");
@@ -102,7 +105,8 @@ fastattn_status validate_dropout_p(float p) {
 }
 
 fastattn_status validate_executor(const fastattn_executor* e) {
-  REQUIRE(e == nullptr || e->num_threads >= 1, "executor.num_threads is %d; it must be positive.", e->num_threads);
+  REQUIRE(e == nullptr || e->num_threads >= 1, "executor.num_threads is %d; it must be positive.",
+          e->num_threads);
   return FASTATTN_OK;
 }
 
@@ -118,8 +122,8 @@ fastattn_status validate_forward(const fastattn_problem* p, const fastattn_forwa
 fastattn_status validate_backward(const fastattn_problem* p, const fastattn_backward_io* io) {
   CHECK(validate_problem(p));
   REQUIRE(io != nullptr, "io is a null pointer.");
-  REQUIRE(io->struct_size == sizeof(*io), "io.struct_size is %u; this library's io has %zu bytes.", io->struct_size,
-          sizeof(*io));
+  REQUIRE(io->struct_size == sizeof(*io), "io.struct_size is %u; this library's io has %zu bytes.",
+          io->struct_size, sizeof(*io));
   REQUIRE(io->reserved0 == 0, "io.reserved0 is %u; it must be 0.", io->reserved0);
   CHECK(check_tensor("out", io->out, no_queries(*p)));
   CHECK(check_tensor("dout", io->dout, no_queries(*p)));

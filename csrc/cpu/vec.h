@@ -1,7 +1,7 @@
 // The one SIMD type of the kernels: a vector of FASTATTN_VECTOR_BYTES bytes of 32-bit lanes, as GCC and Clang
-// spell it. Arithmetic, comparison and selection are the language's own operators; this file adds what no operator
-// says. Everything lives in the instruction set's namespace: inline code compiled with AVX flags must never be
-// merged by the linker with that of a lower instruction set.
+// spell it. Arithmetic, comparison and selection are the language's own operators; this file adds what no
+// operator says. Everything lives in the instruction set's namespace: inline code compiled with AVX flags
+// must never be merged by the linker with that of a lower instruction set.
 #ifndef FASTATTN_CPU_VEC_H
 #define FASTATTN_CPU_VEC_H
 
@@ -14,6 +14,7 @@
 #endif
 
 #define FASTATTN_ALWAYS static inline __attribute__((always_inline))
+#define FASTATTN_ALWAYS_MEMBER inline __attribute__((always_inline))
 
 namespace fastattn::FASTATTN_ISA_NS {
 
@@ -141,8 +142,9 @@ FASTATTN_ALWAYS vf from_f16(vu16 x) {
 #else
   const vu u = __builtin_convertvector(x, vu);
   const vu sign = (u & 0x8000u) << 16, magnitude = (u & 0x7FFFu) << 13;
-  const vf scaled = as_float(magnitude) * splat(0x1p112f);  // exponent bias 127 - 15; exact for subnormals too
-  const vu special = magnitude | 0x7F800000u;               // inf, NaN
+  const vf scaled =
+      as_float(magnitude) * splat(0x1p112f);   // exponent bias 127 - 15; exact for subnormals too
+  const vu special = magnitude | 0x7F800000u;  // inf, NaN
   return as_float((magnitude >= 0x0F800000u ? special : as_uint(scaled)) | sign);
 #endif
 }

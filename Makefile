@@ -66,7 +66,7 @@ lint: $(STAMPS)/installed ## ruff and clang-format, without changing anything
 	$(PY) -m ruff format --check .
 	git ls-files -z 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' | xargs -0 -r clang-format --dry-run --Werror
 
-test-cpp: $(STAMPS)/installed ## C++ tests of the C ABI: plain, ASan+UBSan, TSan and a bounded fuzz run
+test-cpp: native ## C++ tests of the C ABI: plain, ASan+UBSan, TSan and a bounded fuzz run
 	$(call say,C++ tests)
 	bash csrc/tests/run.sh plain asan tsan
 

@@ -3,6 +3,8 @@
 #include <stdarg.h>
 #include <stdio.h>
 
+#include <initializer_list>
+
 #include "internal.h"
 
 namespace fastattn {
@@ -12,8 +14,10 @@ thread_local char last_error[256] = "no error";
 
 #define REQUIRE(condition, ...) \
   if (!(condition)) return fail(FASTATTN_INVALID_ARGUMENT, __VA_ARGS__)
-#define CHECK(call) \
-  if (const fastattn_status status_ = (call); status_ != FASTATTN_OK) return status_
+#define CHECK(call)                                                                     \
+  do {                                                                                  \
+    if (const fastattn_status status_ = (call); status_ != FASTATTN_OK) return status_; \
+  } while (0)
 
 constexpr int64_t kMostRows = INT64_C(1) << 31;  // the Philox counters are 32-bit words
 
@@ -33,10 +37,65 @@ fastattn_status check_offsets(const char* name, const int32_t* offsets, int64_t 
   return FASTATTN_OK;
 }
 
-// A tensor of no rows may be null.
-fastattn_status check_tensor(const char* name, const fastattn_tensor& t, bool empty) {
-  REQUIRE(empty || t.data != nullptr, "%s is a null pointer.", name);
+struct Axis {
+  const char* name;
+  int64_t size, stride;
+};
+
+// Addresses must be computable: no stride is negative, and the last element's offset in bytes fits in 64
+// bits. least: the smallest stride between elements that are written, so that none is written twice; 0 for
+// inputs.
+fastattn_status check_span(const char* name, std::initializer_list<Axis> axes, int64_t row, int64_t least) {
+  int64_t span = row;
+  for (const Axis& axis : axes) {
+    REQUIRE(axis.stride >= 0 || axis.size <= 1, "%s.stride_%s is %lld; it must not be negative.", name,
+            axis.name, (long long)axis.stride);
+    REQUIRE(axis.stride >= least || axis.size <= 1,
+            "%s.stride_%s is %lld; rows of %lld that are written would overlap.", name, axis.name,
+            (long long)axis.stride, (long long)least);
+    int64_t step = 0;
+    const bool overflows = axis.size > 1 && (__builtin_mul_overflow(axis.size - 1, axis.stride, &step) ||
+                                             __builtin_add_overflow(span, step, &span));
+    REQUIRE(!overflows && span <= INT64_MAX / 4,
+            "%s.stride_%s is %lld; %s would span more than 64-bit addresses.", name, axis.name,
+            (long long)axis.stride, name);
+  }
   return FASTATTN_OK;
+}
+
+enum class Use { kRead, kWritten };
+
+// q, k, v, out or a gradient; one of no rows may be null.
+fastattn_status check_tensor(const char* name, const fastattn_tensor& t, const fastattn_problem& p,
+                             bool of_queries, int64_t columns, Use use) {
+  const bool packed = p.cu_seqlens_q != nullptr;
+  const int64_t heads = of_queries ? p.num_heads : p.num_kv_heads;
+  const int64_t rows = of_queries ? (packed ? p.total_q : p.seqlen_q) : (packed ? p.total_k : p.seqlen_k);
+  if (rows == 0 || (p.batch == 0 && !packed)) return FASTATTN_OK;
+  REQUIRE(t.data != nullptr, "%s is a null pointer.", name);
+  return check_span(
+      name, {{"b", packed ? 1 : p.batch, t.stride_b}, {"h", heads, t.stride_h}, {"n", rows, t.stride_n}},
+      columns, use == Use::kWritten ? columns : 0);
+}
+
+// lse, dlse: a number for each query.
+fastattn_status check_statistic(const char* name, const float* data, int64_t stride_b, int64_t stride_h,
+                                const fastattn_problem& p, Use use) {
+  const bool packed = p.cu_seqlens_q != nullptr;
+  const int64_t rows = packed ? p.total_q : p.seqlen_q;
+  if (data == nullptr || rows == 0) return FASTATTN_OK;
+  return check_span(name, {{"b", packed ? 1 : p.batch, stride_b}, {"h", p.num_heads, stride_h}}, rows,
+                    use == Use::kWritten ? rows : 0);
+}
+
+fastattn_status check_bias(const char* name, const fastattn_bias& bias, const fastattn_problem& p) {
+  if (bias.data == nullptr) return FASTATTN_OK;
+  return check_span(name,
+                    {{"b", p.batch, bias.stride_b},
+                     {"h", p.num_heads, bias.stride_h},
+                     {"q", p.seqlen_q, bias.stride_q},
+                     {"k", p.seqlen_k, bias.stride_k}},
+                    1, 0);
 }
 
 fastattn_status validate_problem(const fastattn_problem* p) {
@@ -76,12 +135,18 @@ fastattn_status validate_problem(const fastattn_problem* p) {
   REQUIRE(p->bias.data == nullptr || (p->bias_dtype >= FASTATTN_F32 && p->bias_dtype <= FASTATTN_BF16),
           "bias_dtype is %d; it must be 0, 1 or 2.", p->bias_dtype);
   REQUIRE(p->reserved0 == 0, "problem.reserved0 is %d; it must be 0.", p->reserved0);
-  const bool packed = p->cu_seqlens_q != nullptr;
-  const bool no_queries = packed ? p->total_q == 0 : p->batch == 0 || p->seqlen_q == 0;
-  const bool no_keys = packed ? p->total_k == 0 : p->batch == 0 || p->seqlen_k == 0;
-  CHECK(check_tensor("q", p->q, no_queries));
-  CHECK(check_tensor("k", p->k, no_keys));
-  CHECK(check_tensor("v", p->v, no_keys));
+  CHECK(check_tensor("q", p->q, *p, true, p->head_dim, Use::kRead));
+  CHECK(check_tensor("k", p->k, *p, false, p->head_dim, Use::kRead));
+  CHECK(check_tensor("v", p->v, *p, false, p->head_dim_v, Use::kRead));
+  CHECK(check_bias("bias", p->bias, *p));
+  if (p->key_mask != nullptr)
+    CHECK(check_span("key_mask", {{"b", p->batch, p->key_mask_stride_b}}, p->seqlen_k, 0));
+  if (p->relative_bias != nullptr)
+    CHECK(check_span("relative_bias", {{"h", p->num_heads, p->relative_bias_stride_h}},
+                     p->seqlen_q + p->seqlen_k, 0));
+  if (p->alibi_slopes != nullptr)
+    CHECK(check_span("alibi_slopes",
+                     {{"b", p->batch, p->alibi_stride_b}, {"h", p->num_heads, p->alibi_stride_h}}, 1, 0));
   return FASTATTN_OK;
 }
 
@@ -116,7 +181,8 @@ fastattn_status validate_forward(const fastattn_problem* p, const fastattn_forwa
   REQUIRE(r->struct_size == sizeof(*r), "result.struct_size is %u; this library's result has %zu bytes.",
           r->struct_size, sizeof(*r));
   REQUIRE(r->reserved0 == 0, "result.reserved0 is %u; it must be 0.", r->reserved0);
-  return check_tensor("out", r->out, no_queries(*p));
+  CHECK(check_tensor("out", r->out, *p, true, p->head_dim_v, Use::kWritten));
+  return check_statistic("lse", r->lse, r->lse_stride_b, r->lse_stride_h, *p, Use::kWritten);
 }
 
 fastattn_status validate_backward(const fastattn_problem* p, const fastattn_backward_io* io) {
@@ -125,12 +191,21 @@ fastattn_status validate_backward(const fastattn_problem* p, const fastattn_back
   REQUIRE(io->struct_size == sizeof(*io), "io.struct_size is %u; this library's io has %zu bytes.",
           io->struct_size, sizeof(*io));
   REQUIRE(io->reserved0 == 0, "io.reserved0 is %u; it must be 0.", io->reserved0);
-  CHECK(check_tensor("out", io->out, no_queries(*p)));
-  CHECK(check_tensor("dout", io->dout, no_queries(*p)));
+  CHECK(check_tensor("out", io->out, *p, true, p->head_dim_v, Use::kRead));
+  CHECK(check_tensor("dout", io->dout, *p, true, p->head_dim_v, Use::kRead));
+  if (io->dq.data) CHECK(check_tensor("dq", io->dq, *p, true, p->head_dim, Use::kWritten));
+  if (io->dk.data) CHECK(check_tensor("dk", io->dk, *p, false, p->head_dim, Use::kWritten));
+  if (io->dv.data) CHECK(check_tensor("dv", io->dv, *p, false, p->head_dim_v, Use::kWritten));
+  CHECK(check_statistic("lse", io->lse, io->lse_stride_b, io->lse_stride_h, *p, Use::kRead));
+  CHECK(check_statistic("dlse", io->dlse, io->dlse_stride_b, io->dlse_stride_h, *p, Use::kRead));
+  CHECK(check_bias("dbias", io->dbias, *p));
   REQUIRE(no_queries(*p) || io->lse != nullptr, "lse is a null pointer; backward needs forward's lse.");
   REQUIRE(io->dbias.data == nullptr || p->bias.data != nullptr, "dbias is wanted, but there is no bias.");
   REQUIRE(io->drelative_bias == nullptr || p->relative_bias != nullptr,
           "drelative_bias is wanted, but there is no relative_bias.");
+  if (io->drelative_bias != nullptr)
+    CHECK(check_span("drelative_bias", {{"h", p->num_heads, io->drelative_bias_stride_h}},
+                     p->seqlen_q + p->seqlen_k - 1, p->seqlen_q + p->seqlen_k - 1));
   return FASTATTN_OK;
 }
 

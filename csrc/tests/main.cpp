@@ -16,7 +16,7 @@ namespace {
 
 using fastattn_test::current;
 
-void on_fault(int signal_number) {
+[[maybe_unused]] void on_fault(int signal_number) {
   const char text[] = "\nfault: memory outside an input or output was touched\n    in ";
   (void)!write(2, text, sizeof text - 1);
   (void)!write(2, current, strlen(current));

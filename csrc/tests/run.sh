@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds and runs the C++ tests: run.sh [plain] [asan] [tsan] [aarch64]. Called by the Makefile.
+# Builds and runs the C++ tests: run.sh [plain] [asan] [tsan] [aarch64]. Called by the Makefile, which has
+# built the library before.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 fuzz_seconds=${FASTATTN_FUZZ_SECONDS:-10}
@@ -11,34 +12,54 @@ build() { # name, then arguments of CMake
   cmake --build "$tree" -- --quiet
 }
 
-each_isa() { # name, then a prefix (an emulator)
-  local binary=build/tests-$1/abi_tests isas
-  shift
-  isas=$("$@" "$binary" --isas)
-  for isa in ${isas//,/ }; do
-    FASTATTN_CPU_ISA=$isa "$@" "$binary"
+isas() { # binary, then a prefix (an emulator): the instruction sets of its library that this machine has
+  local list
+  list=$("${@:2}" "$1" --isas)
+  echo "${list//,/ }"
+}
+
+each_isa() { # binary, then a prefix
+  for isa in $(isas "$@"); do
+    FASTATTN_CPU_ISA=$isa "${@:2}" "$1"
   done
 }
 
+# The library as it is installed, on all instruction sets.
 plain() {
-  build plain
-  each_isa plain
+  local library=("$PWD"/fastattn/_native/libfastattn_cpu.*)
+  build plain -DFASTATTN_LIBRARY="${library[0]}"
+  each_isa build/tests-plain/abi_tests
 }
 
-# libFuzzer where clang brings it, the seeded random driver elsewhere.
+# What sanitizers see does not need every instruction set: the best one of this machine, and the wide vectors
+# emulated where it has none. libFuzzer where clang brings it; the seeded driver everywhere.
 asan() {
-  build asan -DFASTATTN_SANITIZE=address,undefined
-  FASTATTN_TEST_CASES=40 each_isa asan
-  if command -v clang++ >/dev/null && echo 'int main(){}' | clang++ -fsanitize=fuzzer-no-link,address -x c++ - -o /dev/null 2>/dev/null; then
-    build fuzz -DCMAKE_CXX_COMPILER=clang++ -DFASTATTN_SANITIZE=address,undefined -DFASTATTN_LIBFUZZER=ON
-    build/tests-fuzz/fuzz_problem -max_total_time="$fuzz_seconds" -max_len=400 -seed=1 -print_final_stats=0 -verbosity=0
-  fi
+  build asan -DFASTATTN_SANITIZE=address,undefined -DFASTATTN_ISAS="$(best)" -DFASTATTN_EMULATE_WIDE="$(narrow)"
+  FASTATTN_TEST_CASES=40 each_isa build/tests-asan/abi_tests
   build/tests-asan/fuzz_problem "$fuzz_seconds"
+  if echo 'int main(){}' | clang++ -fsanitize=fuzzer-no-link,address -x c++ - -o /dev/null 2>/dev/null; then
+    build fuzz -DCMAKE_CXX_COMPILER=clang++ -DFASTATTN_SANITIZE=address,undefined -DFASTATTN_LIBFUZZER=ON \
+      -DFASTATTN_ISAS=none
+    build/tests-fuzz/fuzz_problem -max_total_time="$fuzz_seconds" -max_len=400 -seed=1 -verbosity=0 \
+      -artifact_prefix=build/tests-fuzz/
+  else
+    echo "libFuzzer: skipped, clang++ is not there or has no fuzzer runtime"
+  fi
 }
 
 tsan() {
-  build tsan -DFASTATTN_SANITIZE=thread
-  FASTATTN_TEST_CASES=30 build/tests-tsan/abi_tests threads plain
+  build tsan -DFASTATTN_SANITIZE=thread -DFASTATTN_ISAS="$(best)"
+  FASTATTN_TEST_CASES=20 build/tests-tsan/abi_tests threads neighbours plain
+}
+
+best() { # of the library that plain built its tests for
+  local all
+  all=$(isas build/tests-plain/abi_tests)
+  echo "${all##* }"
+}
+
+narrow() {
+  case $(best) in avx2) echo ON ;; *) echo OFF ;; esac
 }
 
 aarch64() {
@@ -48,7 +69,7 @@ aarch64() {
     return
   fi
   build aarch64 -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER="$compiler"
-  FASTATTN_TEST_CASES=40 each_isa aarch64 qemu-aarch64 -cpu max -L "$root"
+  FASTATTN_TEST_CASES=40 each_isa build/tests-aarch64/abi_tests qemu-aarch64 -cpu max -L "$root"
 }
 
 for name in "$@"; do

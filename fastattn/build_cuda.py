@@ -26,7 +26,7 @@ OLDEST_ARCHITECTURE = 80
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--source", type=Path, default=_ROOT / "csrc", help="csrc of fastattn's source tree")
-    parser.add_argument("--nvcc", type=Path, help="the compiler; default: $CUDA_HOME, PATH, or PyPI's package")
+    parser.add_argument("--nvcc", type=Path, help="default: of $CUDA_HOME, PATH or PyPI's package")
     parser.add_argument(
         "--architectures", type=int, nargs="+", default=[OLDEST_ARCHITECTURE], metavar="SM",
         help="machine code for these, such as 80 90 120, and PTX of the newest; default: 80, which newer "
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
         )
     if min(arguments.architectures) < OLDEST_ARCHITECTURE:
         raise FastattnError(
-            f"--architectures {min(arguments.architectures)}: the kernels need sm_{OLDEST_ARCHITECTURE} or newer"
+            f"--architectures {min(arguments.architectures)}: the oldest that serves is {OLDEST_ARCHITECTURE}"
         )
     nvcc = find_nvcc(arguments.nvcc)
     with tempfile.TemporaryDirectory(prefix="fastattn-cuda-") as folder:
@@ -93,7 +93,7 @@ def find_nvcc(asked: Path | None = None) -> Path:
 
 def _tool(name: str) -> str:
     """A program on PATH, or beside this Python, where pip puts what it installs."""
-    found = shutil.which(name) or shutil.which(name, path=os.path.dirname(sys.executable))
+    found = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
     if found is None:
         raise MissingDependencyError(name, "cuda-build")
     return found

@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(ForwardShape<T, kDim, V>::kTile.threads())
   if (p.splits == 1) {
     __syncwarp();
     const auto out_matrix = query_matrix<T>(p.out, s, head, p.dim_v);
-    store_rows<QTile, kM * 16>(q_tile, warp_row, out_matrix, first_q + warp_row);
+    store_rows<QTile, kM * 16>(q_tile, warp_row, out_matrix, first_q);
   }
 }
 

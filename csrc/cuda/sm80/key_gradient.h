@@ -171,8 +171,8 @@ __global__ void __launch_bounds__(KeyGradientShape<T, kDim>::kTile.threads())
   if (kDk) store_accumulators<KTile>(k_tile, warp_row, dk[0], p.scale, p.scale);
   if (kDv) store_accumulators<KTile>(v_tile, warp_row, dv[0], dv_scale, dv_scale);
   __syncwarp();
-  if (want_dk) store_rows<KTile, 16>(k_tile, warp_row, key_matrix<T>(p.dk, s, kv_head, p.dim), first_k + warp_row);
-  if (want_dv) store_rows<KTile, 16>(v_tile, warp_row, key_matrix<T>(p.dv, s, kv_head, p.dim_v), first_k + warp_row);
+  if (want_dk) store_rows<KTile, 16>(k_tile, warp_row, key_matrix<T>(p.dk, s, kv_head, p.dim), first_k);
+  if (want_dv) store_rows<KTile, 16>(v_tile, warp_row, key_matrix<T>(p.dv, s, kv_head, p.dim_v), first_k);
 }
 
 }  // namespace fastattn

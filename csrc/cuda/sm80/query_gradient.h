@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(QueryGradientShape<T, kDim>::kTile.threads())
 
   store_accumulators<QTile>(q_tile, warp_row, dq[0], p.scale, p.scale);
   __syncwarp();
-  store_rows<QTile, 16>(q_tile, warp_row, query_matrix<T>(p.dq, s, head, p.dim), first_q + warp_row);
+  store_rows<QTile, 16>(q_tile, warp_row, query_matrix<T>(p.dq, s, head, p.dim), first_q);
 }
 
 }  // namespace fastattn

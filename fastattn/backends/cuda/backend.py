@@ -21,7 +21,8 @@ from ..cpu.library import LibraryMissingError
 from .library import open_library
 
 _CACHE_SIZE = 4096
-_LAUNCH = struct.Struct("@IiQQqQ")  # struct_size, num_splits, stream, workspace, workspace_bytes, dropout_seed
+# struct_size, num_splits, stream, workspace, workspace_bytes, dropout_seed
+_LAUNCH = struct.Struct("@IiQQqQ")
 _LEAST_CAPABILITY = 80
 _WIDEST_FP32_BIAS_GRADIENT = 128  # head_dim above which its tiles do not fit shared memory
 
@@ -118,7 +119,7 @@ class CudaBackend:
             del workspace
 
     def _problem(self, problem: AttentionProblem, inputs: AttentionInputs) -> tuple[bytes, int]:
-        """fastattn_problem, and the address of a seed that lies on the device (reading it here would wait)."""
+        """fastattn_problem, and the address of a seed on the device (reading it here would wait)."""
         fixed = self._fixed_parts.get(problem)
         if fixed is None:
             fixed = abi.fixed_part(problem)

@@ -28,16 +28,16 @@ namespace {
 
 bool always() { return true; }
 #if defined(__x86_64__)
-bool has_avx2() {
+[[maybe_unused]] bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
-bool has_avx512() {
+[[maybe_unused]] bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
 }
-bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+[[maybe_unused]] bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #elif defined(__aarch64__)
-bool has_neon_bf16() {
+[[maybe_unused]] bool has_neon_bf16() {
 #if defined(__linux__)
   return (getauxval(AT_HWCAP2) & (1UL << 14)) != 0;  // HWCAP2_BF16
 #else
@@ -61,11 +61,17 @@ const Candidate kCandidates[] = {
 #endif
 #if defined(FASTATTN_HAVE_AVX2)
     {&isa_avx2::kernels, has_avx2, true},
+#endif
+#if defined(FASTATTN_HAVE_AVX512)
     {&isa_avx512::kernels, has_avx512, true},
+#endif
+#if defined(FASTATTN_HAVE_AVX512_BF16)
     {&isa_avx512_bf16::kernels, has_avx512_bf16, true},
 #endif
 #if defined(FASTATTN_HAVE_NEON)
     {&isa_neon::kernels, always, true},
+#endif
+#if defined(FASTATTN_HAVE_NEON_BF16)
     {&isa_neon_bf16::kernels, has_neon_bf16, true},
 #endif
 };

@@ -55,10 +55,11 @@ int64_t extent(std::initializer_list<int64_t> shape, std::initializer_list<int64
   __int128 span = 1;
   auto step = stride.begin();
   for (int64_t size : shape) {
-    if (*step == 0 && size == 0) size = 1;  // broadcast over nothing is still one element
+    const int64_t stride_of_axis = *step++;
+    if (stride_of_axis == 0 && size == 0) size = 1;  // broadcast over nothing is still one element
     if (size == 0) return 0;
-    if (size < 0 || *step < 0) return -1;
-    span += static_cast<__int128>(size - 1) * *step++;
+    if (size < 0 || (size > 1 && stride_of_axis < 0)) return -1;
+    span += static_cast<__int128>(size - 1) * stride_of_axis;
     if (span > kMostElements) return -1;
   }
   return static_cast<int64_t>(span);
@@ -110,8 +111,11 @@ struct Harness {
   void note(int64_t elements, std::initializer_list<int64_t> shape, std::initializer_list<int64_t> stride) {
     if (elements >= 0) return;
     bool refusable = false;
-    for (int64_t size : shape) refusable |= size < 0 || size >= kHuge;
-    for (int64_t step : stride) refusable |= step < 0 || step >= kHuge;
+    auto step = stride.begin();
+    for (int64_t size : shape) {
+      refusable |= size < 0 || size >= kHuge;
+      if (step != stride.end()) refusable |= size > 1 && (*step < 0 || *step >= kHuge), ++step;
+    }
     lies |= !refusable;
   }
 

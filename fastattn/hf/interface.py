@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ..attention import attention, varlen_attention
 from ..errors import InvalidArgumentError, UnsupportedError
+from .call import Call
 from .first_token import FirstRows
 from .log import log_once
 from .masks import fastattn_mask
-from .packing import Call
 
 NAME = "fastattn"
 
@@ -87,6 +87,7 @@ def fastattn_attention(
         window = (sliding_window - 1, 0 if causal else sliding_window - 1)
     options = {"scale": scaling, "softcap": softcap, "dropout_p": dropout}
     options["backend"] = "auto" if fastattn_call is None else fastattn_call.backend
+    output_attentions = output_attentions or (fastattn_call is not None and fastattn_call.output_attentions)
 
     if cu_seq_lens_q is not None:
         if fastattn_call is not None:

@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 
 from .. import dispatch
 from ..errors import BackendUnavailableError, InvalidArgumentError, UnsupportedModelError
-from . import first_token, packing
-from .families import EncoderFamily, Reads, find_family, forward_parameters, supported
+from . import decoder, encoder, first_token
+from .call import EnterHead, LeaveHead, Options
+from .families import EncoderFamily, Family, Reads, find_family, forward_parameters, supported
 from .interface import NAME
 from .log import logger
-from .packing import Options
 
 Model = TypeVar("Model", bound=nn.Module)
 _RECORD = "_fastattn_patch"
@@ -44,6 +44,7 @@ def patch(model: Model, *, padding_free: bool | str = "auto", backend: str = "au
         model: holds one or more transformers models of a supported family.
         padding_free: "auto" leaves padding out of every batch where that changes nothing that is read, and
             logs once why it could not; True raises UnsupportedError where it cannot; False never does.
+            Decoders keep their padding where they use a key/value cache; in training they return none.
         backend: as in `fastattn.attention`.
 
     Returns:
@@ -104,7 +105,7 @@ def _check_options(padding_free: bool | str, backend: str) -> Options:
     return Options(padding_free, backend)
 
 
-def _find(model: nn.Module) -> list[tuple[PreTrainedModel, EncoderFamily, Reads | None]]:
+def _find(model: nn.Module) -> list[tuple[PreTrainedModel, Family, Reads | None]]:
     """Every place to patch: bare models (reads None) and models with a head. Nothing has been touched yet."""
     if not isinstance(model, nn.Module):
         raise InvalidArgumentError("model", f"a {type(model).__name__}", "a torch.nn.Module")
@@ -136,37 +137,44 @@ def _find(model: nn.Module) -> list[tuple[PreTrainedModel, EncoderFamily, Reads 
     return sites
 
 
-def _patch_base(model: PreTrainedModel, family: EncoderFamily, options: Options) -> None:
-    encoder = getattr(model, family.encoder)
-    handles = [
-        model.register_forward_pre_hook(packing.EnterModel(options), with_kwargs=True),
-        model.register_forward_hook(packing.LeaveModel(), with_kwargs=True),
-        encoder.register_forward_pre_hook(packing.EnterEncoder(), with_kwargs=True),
-        encoder.register_forward_hook(packing.LeaveEncoder(family), with_kwargs=True),
-    ]
-    attention, behind = family.last_attention(encoder)
-    handles += [
-        attention.register_forward_pre_hook(first_token.BeforeAttention(), with_kwargs=True),
-        behind.register_forward_pre_hook(first_token.BehindAttention()),
-    ]
+def _patch_base(model: PreTrainedModel, family: Family, options: Options) -> None:
+    if isinstance(family, EncoderFamily):
+        handles = _hook_encoder(model, family, options)
+    else:
+        handles = [
+            model.register_forward_pre_hook(decoder.EnterDecoder(options, family), with_kwargs=True),
+            model.register_forward_hook(decoder.LeaveDecoder(), with_kwargs=True),
+        ]
     before = model.config._attn_implementation
     # The internal attribute, as set_attn_implementation does: sub-configs are models of their own.
     model.config._attn_implementation_internal = NAME
     setattr(model, _RECORD, _Record(options, handles, True, before))
     logger.info(
-        "patched %s: %d %s layers, backend %s, padding_free %s (padded positions come back as zeros)",
+        "patched %s: %d layers, backend %s, padding_free %s (padded positions come back as zeros)",
         type(model).__name__,
-        family.num_layers(encoder),
-        type(encoder).__name__,
+        family.num_layers(model),
         options.backend,
         options.padding_free,
     )
 
 
+def _hook_encoder(model: PreTrainedModel, family: EncoderFamily, options: Options) -> list[RemovableHandle]:
+    layers = getattr(model, family.encoder)
+    attention, behind = family.last_attention(model)
+    return [
+        model.register_forward_pre_hook(encoder.EnterModel(options, family), with_kwargs=True),
+        model.register_forward_hook(encoder.LeaveModel(), with_kwargs=True),
+        layers.register_forward_pre_hook(encoder.EnterEncoder(), with_kwargs=True),
+        layers.register_forward_hook(encoder.LeaveEncoder(), with_kwargs=True),
+        attention.register_forward_pre_hook(first_token.BeforeAttention(), with_kwargs=True),
+        behind.register_forward_pre_hook(first_token.BehindAttention()),
+    ]
+
+
 def _patch_head(model: PreTrainedModel, reads: Reads, options: Options) -> None:
     handles = [
-        model.register_forward_pre_hook(packing.EnterHead(options, reads), with_kwargs=True),
-        model.register_forward_hook(packing.LeaveHead(), with_kwargs=True),
+        model.register_forward_pre_hook(EnterHead(options, reads), with_kwargs=True),
+        model.register_forward_hook(LeaveHead(), with_kwargs=True),
     ]
     setattr(model, _RECORD, _Record(options, handles, False))
     logger.info("patched %s, which reads %s", type(model).__name__, reads.value)

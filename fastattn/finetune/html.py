@@ -61,7 +61,6 @@ def _tiles(report: dict) -> str:
         tiles.append((f"{max(differences.values()):.0e}", "largest relative loss difference, dropout off"))
     if test:
         tiles.append((f"{test['accuracy']:.1%}", f"accuracy on {test['texts']:,} held-out texts"))
-        tiles.append((f"{test['macro_f1']:.3f}", "macro F1"))
     inner = "".join(
         f"<div class=tile><b>{escape(value)}</b><span>{escape(text)}</span></div>" for value, text in tiles
     )

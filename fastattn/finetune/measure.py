@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 import fastattn
+from fastattn import dispatch
 
 __all__ = ["SavedBytes", "machine", "peak_rss", "reset_peak_rss", "rss", "versions"]
 
@@ -79,10 +80,12 @@ def _status(key: str) -> int | None:
 
 
 def machine() -> dict:
-    """The processor, its instruction sets as torch names them, cores, memory and system."""
+    """The processor, the instruction sets that torch and the kernels use, cores, memory and system."""
+    kernels = dispatch.load("cpu")
     return {
         "cpu": _cpu_name(),
         "isa": torch.backends.cpu.get_cpu_capability(),
+        "kernels": kernels if isinstance(kernels, str) else kernels.isa(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),

@@ -74,12 +74,17 @@ def build_model(settings, label_names: list[str], attention: str, dropout: bool,
         config=config,
         dtype=getattr(torch, settings.dtype),
         attn_implementation="sdpa" if attention == "fastattn" else attention,
+        ignore_mismatched_sizes=True,  # a classifier of other classes gets a new head
     )
     model = choose_trained(model, settings.train)
     if attention == "fastattn":
         import fastattn
 
-        fastattn.patch(model)
+        try:
+            fastattn.patch(model)
+        except UnsupportedModelError as error:
+            remedy = "--attention sdpa --no-compare trains it unpatched"
+            raise UserInputError(f"--model {settings.model}: {error}; {remedy}") from error
     return model
 
 

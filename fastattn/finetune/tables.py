@@ -183,7 +183,8 @@ def _provenance(report: dict) -> Section:
     created = datetime.datetime.fromisoformat(report["created"]).strftime("%Y-%m-%d %H:%M UTC")
     rows = [
         ["what", "value"],
-        ["processor", f"{machine['cpu']}, {machine['cores']} cores, {machine['isa']}"],
+        ["processor", f"{machine['cpu']}, {machine['cores']} cores"],
+        ["instruction sets", f"{machine['isa']} (torch), {machine['kernels']} (fastattn)"],
         ["memory", f"{machine['memory_gib']} GiB"],
         ["system", machine["system"]],
         ["threads", machine["threads"]],

@@ -88,8 +88,9 @@ def test_ctrl_c_then_resume_equals_the_uninterrupted_run(tmp_path, tiny_model, t
 
 def test_a_process_that_dies_is_named(tmp_path):
     arm = RemoteArm(tmp_path / "log", settings={}, label_names=[], attention="sdpa", encoded="nowhere")
-    with pytest.raises(UserInputError, match="another version"):
+    with pytest.raises(UserInputError, match="another version") as caught:
         arm.receive()
+    assert "from_json" in str(caught.value.__cause__)  # where it happened, for --debug
     os.kill(arm._process.pid, signal.SIGKILL)
     with pytest.raises(ArmError, match="ended with code -9"):
         arm.call("step", index=0)

@@ -14,6 +14,7 @@ import triton.language as tl
 from .rng import dropout_keep
 from .tiles import (
     aligned,
+    aligned_bias,
     clear_loose_rows,
     fill_rows,
     kernel,
@@ -105,7 +106,6 @@ def dq_kernel(
     stride_lse_b,
     stride_lse_h,
     stride_mask_b,
-    stride_mask_n,
     stride_bias_b,
     stride_bias_h,
     stride_bias_q,
@@ -140,6 +140,7 @@ def dq_kernel(
     HAS_RIGHT: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    BIAS_ALIGN: tl.constexpr,
     HAS_RELATIVE_BIAS: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -192,6 +193,9 @@ def dq_kernel(
     if HAS_KEY_MASK:
         p_key_mask += i_b64 * stride_mask_b
     if HAS_BIAS:
+        stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k = aligned_bias(
+            stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k, BIAS_ALIGN
+        )
         p_bias += i_b64 * stride_bias_b + i_h64 * stride_bias_h
     if HAS_RELATIVE_BIAS:
         p_relative_bias += i_h64 * stride_relative_h
@@ -224,9 +228,7 @@ def dq_kernel(
                         HAS_LEFT, HAS_RIGHT,
                     )  # fmt: skip
                 if HAS_KEY_MASK:
-                    m_n = m_n & (
-                        tl.load(p_key_mask + (start_n + o_n) * stride_mask_n, mask=m_n, other=0) != 0
-                    )
+                    m_n = m_n & (tl.load(p_key_mask + (start_n + o_n), mask=m_n, other=0) != 0)
                 p_kn = p_k + start_n.to(tl.int64) * stride_kn
                 p_vn = p_v + start_n.to(tl.int64) * stride_vn
                 b_k = load_rows(p_kn, o_kn, o_d, m_n, part != 1 or HAS_KEY_MASK, HEAD_DIM, BLOCK_D)
@@ -297,7 +299,6 @@ def dkdv_kernel(
     stride_lse_b,
     stride_lse_h,
     stride_mask_b,
-    stride_mask_n,
     stride_bias_b,
     stride_bias_h,
     stride_bias_q,
@@ -329,11 +330,13 @@ def dkdv_kernel(
     PRECISION: tl.constexpr,
     WANT_DK: tl.constexpr,
     WANT_DV: tl.constexpr,
+    GROUPED: tl.constexpr,
     PACKED: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    BIAS_ALIGN: tl.constexpr,
     HAS_RELATIVE_BIAS: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -378,7 +381,7 @@ def dkdv_kernel(
     diagonal = len_k - len_q
     m_seen = seen_keys(o_n, 0, len_q - 1, diagonal, len_k, window_left, window_right, HAS_LEFT, HAS_RIGHT)
     if HAS_KEY_MASK:
-        p_mask = p_key_mask + i_b64 * stride_mask_b + o_n * stride_mask_n
+        p_mask = p_key_mask + i_b64 * stride_mask_b + o_n
         m_seen = m_seen & (tl.load(p_mask, mask=m_n, other=0) != 0)
     o_row = (row_k + o_n).to(tl.int64)
     o_k = i_b64 * stride_kb + i_kv64 * stride_kh + o_row * stride_kn
@@ -391,6 +394,10 @@ def dkdv_kernel(
     if HAS_DROPOUT and p_seed is not None:
         seed = tl.load(p_seed).to(tl.uint64, bitcast=True)
 
+    if HAS_BIAS:
+        stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k = aligned_bias(
+            stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k, BIAS_ALIGN
+        )
     o_m = tl.arange(0, BLOCK_M)
     o_qm = o_m.to(tl.int64) * stride_qn
     o_gm = o_m.to(tl.int64) * stride_gn
@@ -398,7 +405,8 @@ def dkdv_kernel(
     begin, full_begin, full_end, end = visible_queries(
         i_n * BLOCK_N, last_j, diagonal, len_q, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_M
     )
-    for i_group in range(group_size):
+    # A loop of one turn is no loop, and gives its registers to the one inside.
+    for i_group in range(group_size if GROUPED else 1):
         i_h = i_kv * group_size + i_group
         i_h64 = i_h.to(tl.int64)
         p_q_h = p_q + i_b64 * stride_qb + i_h64 * stride_qh + row_q.to(tl.int64) * stride_qn
@@ -413,21 +421,23 @@ def dkdv_kernel(
             p_relative_h = p_relative_bias + i_h64 * stride_relative_h
         if HAS_ALIBI:
             slope = tl.load(p_alibi + i_b64 * stride_alibi_b + i_h64 * stride_alibi_h)
+        # The last queries need no part of their own: their rows are checked where they are loaded, and a row
+        # that doesn't exist has weight 0. Fewer loops leave more registers to each.
         for part in tl.static_range(3):
             if part == 0:
                 start, stop = begin, full_begin
             elif part == 1:
-                start, stop = full_begin, full_end
+                start, stop = full_begin, full_end if HAS_LEFT else end
             else:
                 start, stop = full_end, end
-            if part > 0 or HAS_RIGHT:
+            if part == 1 or (part == 0 and HAS_RIGHT) or (part == 2 and HAS_LEFT):
                 for start_m in tl.range(start, stop, BLOCK_M):
                     start_m = tl.multiple_of(start_m, BLOCK_M)
                     m_m = start_m + o_m < len_q  # [BLOCK_M]
                     p_qm = p_q_h + start_m.to(tl.int64) * stride_qn
                     p_dm = p_dout_h + start_m.to(tl.int64) * stride_gn
-                    b_q = load_rows(p_qm, o_qm, o_d, m_m, part != 1, HEAD_DIM, BLOCK_D)
-                    b_dout = load_rows(p_dm, o_gm, o_dv, m_m, part != 1, HEAD_DIM_V, BLOCK_DV)
+                    b_q = load_rows(p_qm, o_qm, o_d, m_m, True, HEAD_DIM, BLOCK_D)
+                    b_dout = load_rows(p_dm, o_gm, o_dv, m_m, True, HEAD_DIM_V, BLOCK_DV)
                     b_lse = load_lse(p_lse + o_stat, start_m + o_m, m_m)  # [BLOCK_M]
 
                     o_i2 = (start_m + o_m)[None, :]
@@ -436,7 +446,7 @@ def dkdv_kernel(
                     b_p, b_slope = weights(
                         b_kq, b_lse[None, :], o_i2, o_n[:, None], m_in, diagonal, len_k, window_left,
                         window_right, scale, softcap, p_bias_h, stride_bias_q, stride_bias_k, p_relative_h,
-                        seqlen_q, slope, (HAS_LEFT or HAS_RIGHT) and part != 1, HAS_LEFT, HAS_RIGHT,
+                        seqlen_q, slope, part != 1, HAS_LEFT, HAS_RIGHT,
                         HAS_SOFTCAP, HAS_BIAS, HAS_RELATIVE_BIAS, HAS_ALIBI,
                     )  # fmt: skip
                     if HAS_DROPOUT:

@@ -9,7 +9,7 @@ sum once at the end.
 import triton.language as tl
 
 from .rng import dropout_keep
-from .tiles import aligned, kernel, load_lse, load_rows, seen_keys, sequence_rows, weights
+from .tiles import aligned, aligned_bias, kernel, load_lse, load_rows, seen_keys, sequence_rows, weights
 
 
 @kernel
@@ -43,7 +43,6 @@ def dbias_kernel(
     stride_lse_b,
     stride_lse_h,
     stride_mask_b,
-    stride_mask_n,
     stride_bias_b,
     stride_bias_h,
     stride_bias_q,
@@ -82,6 +81,7 @@ def dbias_kernel(
     HAS_RIGHT: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    BIAS_ALIGN: tl.constexpr,
     HAS_RELATIVE_BIAS: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -122,6 +122,10 @@ def dbias_kernel(
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
     o_t = tl.arange(0, BLOCK)
+    if HAS_BIAS:
+        stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k = aligned_bias(
+            stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k, BIAS_ALIGN
+        )
     if HAS_DROPOUT and p_seed is not None:
         seed = tl.load(p_seed).to(tl.uint64, bitcast=True)
     b_sum = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
@@ -152,7 +156,7 @@ def dbias_kernel(
                 o_n, i_m * BLOCK, last_i, diagonal, len_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
             )
             if HAS_KEY_MASK:
-                p_mask = p_key_mask + i_b64 * stride_mask_b + o_n * stride_mask_n
+                p_mask = p_key_mask + i_b64 * stride_mask_b + o_n
                 m_n = m_n & (tl.load(p_mask, mask=m_n, other=0) != 0)
             o_row_q = (row_q + o_m).to(tl.int64)
             o_row_k = (row_k + o_n).to(tl.int64)

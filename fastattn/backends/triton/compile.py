@@ -76,7 +76,7 @@ _SCALAR_TYPES = {"scale": "fp32", "softcap": "fp32", "keep_scale": "fp32", "seed
 
 @dataclass(frozen=True)
 class Variant:
-    """One compiled form of a kernel. features: of FEATURES, or "dlse" and "seed_on_device"."""
+    """One compiled form of a kernel. features: of FEATURES, or "grouped", "dlse", "seed_on_device"."""
 
     kernel: str
     arch: Arch
@@ -134,6 +134,8 @@ class Variant:
             "POSITIVE_SCALE": True,
             "WANT_DK": self.want_dk,
             "WANT_DV": self.want_dv,
+            "GROUPED": "grouped" in features,
+            "BIAS_ALIGN": 16 // _ITEMSIZE[self.dtype],
             "DIAGONAL": self.kernel == "drelative_bias",
             "REDUCE_Q": False,
             "REDUCE_K": False,

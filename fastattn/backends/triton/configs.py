@@ -90,10 +90,11 @@ def dkdv_config(arch: Arch, head_dim: int, head_dim_v: int, itemsize: int) -> Ti
         return _fp32_config(dim)
     if arch < 80:
         return TileConfig(32, 64, 4, 2)
+    # Long key tiles, since every query tile streams past them; the widest query tile that spills nothing.
     if dim <= 64:
-        return TileConfig(64, 64, 4, 2)
+        return TileConfig(64, 128, 8, 2) if arch in (90, 100) else TileConfig(32, 128, 8, 2)
     if dim <= 128:
-        return TileConfig(64, 64, 8, 2)
+        return TileConfig(32, 128, 8, 2) if arch in (90, 100) else TileConfig(32, 64, 8, 2)
     return TileConfig(32, 64, 8, 2)
 
 

@@ -13,6 +13,7 @@ from .tiles import (
     LN2,
     LOG2E,
     aligned,
+    aligned_bias,
     clear_loose_rows,
     fill_rows,
     kernel,
@@ -57,7 +58,6 @@ def forward_kernel(
     stride_split_out,
     stride_split_lse,
     stride_mask_b,
-    stride_mask_n,
     stride_bias_b,
     stride_bias_h,
     stride_bias_q,
@@ -94,6 +94,7 @@ def forward_kernel(
     HAS_RIGHT: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    BIAS_ALIGN: tl.constexpr,
     HAS_RELATIVE_BIAS: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -162,6 +163,9 @@ def forward_kernel(
     if HAS_KEY_MASK:
         p_key_mask += i_b64 * stride_mask_b
     if HAS_BIAS:
+        stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k = aligned_bias(
+            stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k, BIAS_ALIGN
+        )
         o_bias = i_b64 * stride_bias_b + o_h * stride_bias_h
         p_bias += o_bias[:, None] if FOLD_HEADS else o_bias
     if HAS_RELATIVE_BIAS:
@@ -217,9 +221,7 @@ def forward_kernel(
                         HAS_RIGHT,
                     )
                 if HAS_KEY_MASK:
-                    m_n = m_n & (
-                        tl.load(p_key_mask + (start_n + o_n) * stride_mask_n, mask=m_n, other=0) != 0
-                    )
+                    m_n = m_n & (tl.load(p_key_mask + (start_n + o_n), mask=m_n, other=0) != 0)
                 b_k = load_rows(
                     p_k + start_n.to(tl.int64) * stride_kn,
                     o_kn,

@@ -82,6 +82,12 @@ def _alignment(tensors: tuple[Tensor | None, ...]) -> int:
     return elements if all(stride % elements == 0 for x in present for stride in _strides(x)) else 1
 
 
+def _bias_alignment(bias: Tensor, strides: tuple[int, ...]) -> int:
+    """Elements in 16 bytes if the bias's contiguous rows can be read in such pieces, else 1."""
+    elements = 16 // bias.element_size()
+    return elements if all(stride % elements == 0 for stride in strides[:3]) else 1
+
+
 def _named_strides(names: dict[str, Tensor | None]) -> dict[str, int]:
     strides = {}
     for name, x in names.items():
@@ -115,7 +121,6 @@ def _arguments(problem: AttentionProblem, inputs: AttentionInputs) -> dict[str, 
             "stride_lse_b": 0 if problem.packed else problem.num_heads * problem.seqlen_q,
             "stride_lse_h": problem.total_q if problem.packed else problem.seqlen_q,
             "stride_mask_b": 0 if key_mask is None else key_mask.stride(0),
-            "stride_mask_n": 0 if key_mask is None else key_mask.stride(1),
             "stride_bias_b": bias_strides[0],
             "stride_bias_h": bias_strides[1],
             "stride_bias_q": bias_strides[2],
@@ -123,6 +128,7 @@ def _arguments(problem: AttentionProblem, inputs: AttentionInputs) -> dict[str, 
             "stride_relative_h": 0 if inputs.relative_bias is None else inputs.relative_bias.stride(0),
             "stride_alibi_b": slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
             "stride_alibi_h": 0 if slopes is None else slopes.stride(-1),
+            "BIAS_ALIGN": 0 if bias is None or bias_strides[3] != 1 else _bias_alignment(bias, bias_strides),
             "PRECISION": _precision(problem.dtype),
         }
         | _named_strides({"q": inputs.q, "k": inputs.k, "v": inputs.v})
@@ -232,6 +238,7 @@ def backward(
         programs = _tiles(problem.seqlen_k, config.block_n) * problem.num_kv_heads * sequences
         own = _named_strides({"dk": dk, "dv": dv}) | {"p_dk": dk, "p_dv": dv}
         own |= {"num_heads": problem.num_kv_heads, "WANT_DK": dk is not None, "WANT_DV": dv is not None}
+        own["GROUPED"] = problem.num_heads > problem.num_kv_heads
         _launch_or_zero(dkdv_kernel, programs, config, (dk, dv), arguments | own)
     config = configs.bias_config(arch, *shape)
     arguments["num_heads"] = problem.num_heads

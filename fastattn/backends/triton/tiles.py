@@ -63,6 +63,19 @@ def aligned(stride_b, stride_h, stride_n, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def aligned_bias(stride_b, stride_h, stride_q, stride_k, BIAS_ALIGN: tl.constexpr):
+    """The same for a bias whose rows are contiguous. BIAS_ALIGN = 0: they are not, and are read one by one."""
+    if BIAS_ALIGN == 0:
+        return stride_b, stride_h, stride_q, stride_k
+    return (
+        stride_b // BIAS_ALIGN * BIAS_ALIGN,
+        stride_h // BIAS_ALIGN * BIAS_ALIGN,
+        stride_q // BIAS_ALIGN * BIAS_ALIGN,
+        1,
+    )
+
+
+@triton.jit
 def sequence_rows(p_cu_seqlens, i_b, longest, total, PACKED: tl.constexpr):
     """(first row, rows, rows the offsets claim) of sequence i_b.
 

@@ -147,15 +147,13 @@ def _resume(out: Path, given: dict) -> int:
     runs = [
         rules.Settings.from_json(files.read_run(directory).get("settings", {})) for directory in directories
     ]
-    given.pop("train", None) if "runs" in record and given.get("train") == record["runs"] else None
-    for run in runs:
-        for name, value in given.items():
-            value = value[0] if name == "train" and len(value) == 1 else value
-            if getattr(run, name) != value:
-                option = "--" + name.replace("_", "-")
-                raise UserInputError(
-                    f"{option} is {getattr(run, name)} in the run in {out}; resuming cannot change it"
-                )
+    saved = runs[0].to_json() | {"train": [run.train for run in runs]}
+    for name in saved.keys() & given.keys():
+        same = {run.lr for run in runs} == {given["lr"]} if name == "lr" else saved[name] == given[name]
+        if not same:
+            option, was = "--" + name.replace("_", "-"), saved[name]
+            was = " ".join(was) if name == "train" else was
+            raise UserInputError(f"{option} is {was} in the run in {out}; resuming cannot change it")
     if all(
         (directory / "report.json").is_file() and (directory / "model").is_dir() for directory in directories
     ):

@@ -73,8 +73,10 @@ void query_entries(const fastattn_problem& p, EntryList& list) {
   for (int64_t b = 0; b < p.batch; ++b) {
     const Sequence s = sequence_of(p, b);
     const int64_t count = query_tiles_of(p, s);
-    for (int64_t t = 0; t < count; t += per_unit) {
-      const int64_t end = std::min(t + per_unit, count);
+    // Heads that share few-rowed reads of K and V stay together.
+    const int64_t step = s.nq <= kThinRows ? most_tiles_per_unit(p) : per_unit;
+    for (int64_t t = 0; t < count; t += step) {
+      const int64_t end = std::min(t + step, count);
       list.add({b, t, end, cost_of_queries(p, s, b, t, end)});
     }
   }
@@ -115,48 +117,86 @@ void zero_outside_sequences(const fastattn_problem& p, const int32_t* offsets, i
 
 // ---- by keys --------------------------------------------------------------------------------
 
+// How the pass by keys is divided, by the shape alone.
+struct KeyPlan {
+  bool split;  // key tiles are units of their own and take turns at dq; else a unit is a whole kv head
+  bool dq_by_queries;              // dq in a pass of its own: 7 products in place of 5, but no sums beside dq
+  int64_t shared_sums, unit_sums;  // floats
+};
+
 int64_t key_tiles_of(const Sequence& s) { return ceil_div(s.nk, kKeyTile); }
 
-fastattn_status run_key_pass(const fastattn_problem& p, const fastattn_backward_io& io,
-                             const fastattn_executor* executor, const Kernels& kernels, Work work) {
+KeyPlan plan_key_pass(const fastattn_problem& p, bool want_dq, int64_t longest) {
+  constexpr int64_t kMostSums = INT64_C(4) << 20 >> 2;  // 4 MiB of floats, for each thread or for all
+  const int64_t heads = p.batch * p.num_kv_heads;
+  KeyPlan plan = {heads < kEnoughUnits && longest > 1, false, 0, 0};
+  if (!want_dq || p.dtype == FASTATTN_F32 || longest <= 1) return plan;
+  const int64_t rows = p.cu_seqlens_q != nullptr ? p.total_q : p.batch * p.seqlen_q;
+  const int64_t shared = rows * p.num_heads * p.head_dim;
+  const int64_t own = p.seqlen_q * (p.num_heads / p.num_kv_heads) * p.head_dim;
+  if (plan.split && shared <= 2 * kMostSums) {
+    plan.shared_sums = shared;
+  } else if (own <= kMostSums && heads >= kEnoughUnits / 8) {
+    plan.split = false;
+    plan.unit_sums = own;
+  } else {
+    plan.dq_by_queries = true;
+  }
+  return plan;
+}
+
+fastattn_status run_query_pass(const fastattn_problem& p, const fastattn_executor* executor,
+                               const Kernels& kernels, const Work& work) {
   EntryList list;
-  const bool want_dq = io.dq.data != nullptr;
+  query_entries(p, list);
+  return run(executor, kernels.backward_q[p.dtype], work, list, p.num_kv_heads);
+}
+
+fastattn_status run_key_pass(const fastattn_problem& p, const fastattn_executor* executor,
+                             const Kernels& kernels, Work work) {
   int64_t longest = 0;
-  for (int64_t b = 0; b < p.batch; ++b) longest = std::max(longest, key_tiles_of(sequence_of(p, b)));
-  const bool split = p.batch * p.num_kv_heads < kEnoughUnits && longest > 1;
-  if (!split) {
+  bool keyless = false;  // a sequence without keys has no key tile to write its dq
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const Sequence s = sequence_of(p, b);
+    longest = std::max(longest, key_tiles_of(s));
+    keyless |= s.nk == 0 && s.nq > 0;
+  }
+  const bool want_dq = work.backward->dq.data != nullptr;
+  KeyPlan plan = plan_key_pass(p, want_dq && !keyless, longest);
+  plan.dq_by_queries |= want_dq && keyless;
+  const Work by_queries = work;
+  fastattn_backward_io without_dq = *work.backward;
+  if (plan.dq_by_queries) {
+    without_dq.dq.data = nullptr;
+    work.backward = &without_dq;
+  }
+
+  EntryList list;
+  if (plan.split) {
+    // Ascending key tiles: those that a unit waits for are always taken before it.
+    for (int64_t tile = 0; tile < longest; ++tile)
+      for (int64_t b = 0; b < p.batch; ++b)
+        if (tile < key_tiles_of(sequence_of(p, b))) list.add({b, tile, tile + 1, 0});
+  } else {
     for (int64_t b = 0; b < p.batch; ++b) {
       const Sequence s = sequence_of(p, b);
       list.add({b, 0, key_tiles_of(s), s.nq * s.nk});
     }
     longest_first(list);
-  } else {
-    // Ascending key tiles: those that a unit waits for are always taken before it.
-    for (int64_t tile = 0; tile < longest; ++tile)
-      for (int64_t b = 0; b < p.batch; ++b)
-        if (tile < key_tiles_of(sequence_of(p, b))) list.add({b, tile, tile + 1, 0});
   }
-  const int64_t rows = (p.cu_seqlens_q != nullptr ? p.total_q : p.batch * p.seqlen_q) * p.num_heads;
-  int32_t* turns = nullptr;
-  float* sums = nullptr;
-  if (want_dq && split)
-    turns = (int32_t*)calloc((size_t)(p.batch * p.num_heads * ceil_div(p.seqlen_q, kQueryTile)) + 1, 4);
-  if (want_dq && p.dtype != FASTATTN_F32) sums = (float*)malloc((size_t)(rows * p.head_dim) * 4 + 1);
+  const bool turns = plan.split && work.backward->dq.data != nullptr;
+  if (turns)
+    work.turns = (int32_t*)calloc((size_t)(p.batch * p.num_heads * ceil_div(p.seqlen_q, kQueryTile)) + 1, 4);
+  if (plan.shared_sums > 0) work.shared_dq_sums = (float*)malloc((size_t)plan.shared_sums * sizeof(float));
+  work.unit_dq_sums = plan.unit_sums;
   fastattn_status status;
-  if ((want_dq && split && turns == nullptr) || (want_dq && p.dtype != FASTATTN_F32 && sums == nullptr)) {
+  if ((turns && work.turns == nullptr) || (plan.shared_sums > 0 && work.shared_dq_sums == nullptr))
     status = fail(FASTATTN_OUT_OF_MEMORY, "no memory for the sums of dq.");
-  } else {
-    work.turns = turns;
-    work.dq_sums = sums;
+  else
     status = run(executor, kernels.backward_kv[p.dtype], work, list, p.num_kv_heads);
-    if (status == FASTATTN_OK && sums != nullptr) {
-      EntryList queries;
-      query_entries(p, queries);
-      status = run(executor, kernels.convert_dq[p.dtype], work, queries, p.num_kv_heads);
-    }
-  }
-  free(turns);
-  free(sums);
+  free(work.turns);
+  free(work.shared_dq_sums);
+  if (status == FASTATTN_OK && plan.dq_by_queries) status = run_query_pass(p, executor, kernels, by_queries);
   return status;
 }
 
@@ -171,6 +211,49 @@ fastattn_status run_bias_pass(const fastattn_problem& p, const fastattn_backward
       for (int64_t t = 0; t < tiles; ++t) list.add({b, t, t + 1, 0});
   }
   return run(executor, kernels.backward_bias[p.dtype], work, list, io.dbias.stride_h == 0 ? 1 : p.num_heads);
+}
+
+// Few queries and few units: keys are split as well. Fills both lists and gives the slots' floats; 0: not
+// worth it.
+int64_t split_keys(const fastattn_problem& p, const EntryList& whole, EntryList& parts, EntryList& merges) {
+  const int64_t units = whole.count * p.num_kv_heads, group = p.num_heads / p.num_kv_heads;
+  constexpr int64_t kPart = 2 * kKeyTile;  // the least that is worth a unit
+  if (units == 0 || units >= kEnoughUnits / 2 || p.seqlen_q * group > kQueryTile || p.seqlen_k < 2 * kPart)
+    return 0;
+  const int64_t wanted = ceil_div(kEnoughUnits, units);
+  int64_t slots = 0;
+  for (int64_t e = 0; e < whole.count; ++e) {
+    const Entry& entry = whole.data[e];
+    const int64_t nk = sequence_of(p, entry.b).nk;
+    const int64_t length = std::max(kPart, round_up(ceil_div(nk, wanted), kKeyTile));
+    Entry merge = entry;
+    merge.slot = slots;
+    merge.splits = std::max<int64_t>(ceil_div(nk, length), 1);
+    merges.add(merge);
+    for (int64_t i = 0; i < merge.splits; ++i) {
+      Entry part = entry;
+      part.key_begin = i * length;
+      part.key_end = part.key_begin + length;
+      part.slot = slots++;
+      parts.add(part);
+    }
+  }
+  return slots * p.num_kv_heads * kQueryTile * (round_up(p.head_dim_v, 16) + 16);
+}
+
+fastattn_status run_forward(const fastattn_problem& p, const fastattn_executor* executor,
+                            const Kernels& kernels, Work work) {
+  EntryList whole, parts, merges;
+  query_entries(p, whole);
+  const int64_t partials = split_keys(p, whole, parts, merges);
+  if (partials == 0) return run(executor, kernels.forward[p.dtype], work, whole, p.num_kv_heads);
+  work.partials = (float*)malloc((size_t)partials * sizeof(float));
+  if (work.partials == nullptr) return fail(FASTATTN_OUT_OF_MEMORY, "no memory for partial sums.");
+  fastattn_status status = run(executor, kernels.forward[p.dtype], work, parts, p.num_kv_heads);
+  if (status == FASTATTN_OK)
+    status = run(executor, kernels.forward_merge[p.dtype], work, merges, p.num_kv_heads);
+  free(work.partials);
+  return status;
 }
 
 fastattn_status forward(const fastattn_problem* p, const fastattn_forward_result* result,
@@ -191,9 +274,7 @@ fastattn_status forward(const fastattn_problem* p, const fastattn_forward_result
   Work work = {};
   work.problem = p;
   work.forward = result;
-  EntryList list;
-  query_entries(*p, list);
-  return run(executor, kernels->forward[p->dtype], work, list, p->num_kv_heads);
+  return run_forward(*p, executor, *kernels, work);
 }
 
 fastattn_status backward(const fastattn_problem* p, const fastattn_backward_io* io,
@@ -210,23 +291,11 @@ fastattn_status backward(const fastattn_problem* p, const fastattn_backward_io* 
   Work work = {};
   work.problem = p;
   work.backward = io;
-  const bool want_kv = io->dk.data != nullptr || io->dv.data != nullptr;
-  // Sequences without keys give dq no key tile to be written by.
-  bool keyless = false;
-  for (int64_t b = 0; b < p->batch; ++b) keyless |= sequence_of(*p, b).nk == 0 && sequence_of(*p, b).nq > 0;
-  fastattn_backward_io without_dq = *io;
-  if (want_kv) {
-    if (keyless) without_dq.dq.data = nullptr, work.backward = &without_dq;
-    status = run_key_pass(*p, *work.backward, executor, *kernels, work);
-    if (status != FASTATTN_OK) return status;
-    work.backward = io;
-  }
-  if (io->dq.data != nullptr && (!want_kv || keyless)) {
-    EntryList list;
-    query_entries(*p, list);
-    status = run(executor, kernels->backward_q[p->dtype], work, list, p->num_kv_heads);
-    if (status != FASTATTN_OK) return status;
-  }
+  if (io->dk.data != nullptr || io->dv.data != nullptr)
+    status = run_key_pass(*p, executor, *kernels, work);
+  else if (io->dq.data != nullptr)
+    status = run_query_pass(*p, executor, *kernels, work);
+  if (status != FASTATTN_OK) return status;
   if (io->dbias.data != nullptr) {
     status = run_bias_pass(*p, *io, executor, *kernels, work);
     if (status != FASTATTN_OK) return status;

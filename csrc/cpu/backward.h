@@ -201,24 +201,38 @@ struct Backward {
         finish_scores(p, s, b, q.tile.head, q.tile.i0 + i, keys.begin + first, end - first, row + first,
                       want_slopes ? slopes + first : nullptr);
       mask_row(row, begin, end, keys, -kInf);
-      const float offset = q.lse2[i], delta = q.delta[i];
-      for (int c = first; c < last; c += W) store(row + c, exp2_nonpositive(load(row + c) * scale - offset));
       if (dropout.active) dropout.row(b, q.tile.head, q.tile.i0 + i, keys.begin, end, keep);
+      const auto finish = want_ds ? (want_dv ? (dropout.active ? &Backward::finish_row<true, true, true>
+                                                               : &Backward::finish_row<true, true, false>)
+                                             : (dropout.active ? &Backward::finish_row<true, false, true>
+                                                               : &Backward::finish_row<true, false, false>))
+                                  : (dropout.active ? &Backward::finish_row<false, true, true>
+                                                    : &Backward::finish_row<false, true, false>);
+      (this->*finish)(row, drow, first, last, scale, q.lse2[i], q.delta[i], keep);
       if (want_ds) {
-        for (int c = first; c < last; c += W) {
-          vf dp = load(drow + c);
-          if (dropout.active) dp = as_float(as_int(dp * dropout.scale) & load_as<vi>(keep + c));
-          vf ds = load(row + c) * ds_scale * (dp - delta);
-          if (want_slopes) ds = ds * load(slopes + c);
-          store(drow + c, ds);
-        }
         mask_row(drow, begin, end, keys, 0.0f);
         zero_outside(drow, begin, end, keys.padded);
       }
-      if (dropout.active && want_dv)
-        for (int c = first; c < last; c += W)
-          store(row + c, as_float(as_int(load(row + c)) & load_as<vi>(keep + c)));
       zero_outside(row, begin, end, keys.padded);
+    }
+  }
+
+  // One row of scores and of dP to keep P and dS, each only if it is wanted.
+  template <bool kDs, bool kDv, bool kDropout>
+  void finish_row(float* row, float* drow, int first, int last, float scale, float offset, float delta,
+                  const int32_t* keep) const {
+    const bool sloped = want_slopes;
+    const float p_scale = ds_scale, kept_scale = dropout.scale;
+    for (int c = first; c < last; c += W) {
+      const vf weight = exp2_nonpositive(load(row + c) * scale - offset);
+      if constexpr (kDs) {
+        vf dp = load(drow + c);
+        if constexpr (kDropout) dp = as_float(as_int(dp * kept_scale) & load_as<vi>(keep + c));
+        vf ds = weight * p_scale * (dp - delta);
+        if (sloped) ds = ds * load(slopes + c);
+        store(drow + c, ds);
+      }
+      if constexpr (kDv) store(row + c, kDropout ? as_float(as_int(weight) & load_as<vi>(keep + c)) : weight);
     }
   }
 

@@ -12,15 +12,6 @@ namespace fastattn::FASTATTN_ISA_NS {
 
 // ---- by keys --------------------------------------------------------------------------------
 
-// Where the fp32 sums of a query tile's dq are: (heads, rows, head_dim) of each sequence, or of the packed
-// rows.
-inline float* dq_sums_of(const fastattn_problem& p, float* sums, const Sequence& s, int64_t b,
-                         const QueryTile& tile) {
-  const int64_t row =
-      p.cu_seqlens_q != nullptr ? tile.head * p.total_q + s.q0 : (b * p.num_heads + tile.head) * p.seqlen_q;
-  return sums + (row + tile.i0) * p.head_dim;
-}
-
 template <class T, class E>
 struct KeyPass : Backward<T, E> {
   typedef Backward<T, E> Base;
@@ -29,8 +20,9 @@ struct KeyPass : Backward<T, E> {
   using typename Base::Storage;
   const bool want_dk, want_dq;
   int32_t* const turns;
-  float* const shared_dq;
-  float *dk, *dv, *dq;
+  float* const shared_dq_sums;
+  const int64_t unit_dq_sums;
+  float *dk, *dv, *dq, *own_dq_sums;
 
   const bool dk_in_place, dv_in_place, dq_in_place;
 
@@ -40,16 +32,18 @@ struct KeyPass : Backward<T, E> {
         want_dk(io.dk.data != nullptr),
         want_dq(io.dq.data != nullptr),
         turns(work.turns),
-        shared_dq(work.dq_sums),
+        shared_dq_sums(work.shared_dq_sums),
+        unit_dq_sums(work.unit_dq_sums),
         dk_in_place(kFloat && p.head_dim % W == 0),
         dv_in_place(kFloat && p.head_dim_v % W == 0 && !this->dropout.active),
-        dq_in_place(p.head_dim % W == 0) {}
+        dq_in_place(kFloat && p.head_dim % W == 0) {}
 
   void lay_out(Arena& arena) {
     Base::lay_out(arena);
     dk = arena.take<float>(kKeyTile * this->columns_ld);
     dv = arena.take<float>(kKeyTile * this->columns_v_ld);
     dq = arena.take<float>(kQueryTile * this->columns_ld);
+    own_dq_sums = arena.take<float>(unit_dq_sums);
   }
 
   // Key tiles [entry.begin, entry.end) of one kv head against all queries of its group.
@@ -122,28 +116,35 @@ struct KeyPass : Backward<T, E> {
   }
 
   // dq of a query tile from this key tile. Key tile 0 writes it, the others add to it, each after the one
-  // before.
+  // before; a dq narrower than fp32 is summed beside it and written by the last.
   void add_dq(const Sequence& s, int64_t b, int64_t kv_head, const QueryTile& tile, int64_t t, int64_t index,
               const TileRows* rows, const KeyTile& keys, bool careful) {
-    int64_t ld;
-    float* target = dq_rows(s, b, tile, &ld);
     if (rows != nullptr && !dq_in_place)
       this->add_to_queries(*rows, keys, careful, false, dq, this->columns_ld);
     int32_t* turn = turns == nullptr ? nullptr : turns + turn_base(b, kv_head) + t;
     if (turn != nullptr)
       for (int spins = 0; __atomic_load_n(turn, __ATOMIC_ACQUIRE) != (int32_t)index; ++spins)
         if (spins > 1000) sched_yield();
-    if (rows == nullptr) {
-      for (int i = 0; i < tile.rows && index == 0; ++i)
-        __builtin_memset(target + i * ld, 0, (size_t)p.head_dim * sizeof(float));
-    } else if (dq_in_place) {
-      this->add_to_queries(*rows, keys, careful, index != 0, target, ld);
+    Storage* target = row_of<Storage>(p, io.dq, b, tile.head, s.q0 + tile.i0);
+    const bool first = index == 0, last = (index + 1) * kKeyTile >= s.nk;
+    if (dq_in_place && rows != nullptr) {
+      this->add_to_queries(*rows, keys, careful, !first, (float*)target, io.dq.stride_n);
+    } else if (first && (last || kFloat)) {
+      for (int i = 0; i < tile.rows; ++i) {
+        Storage* row = target + i * io.dq.stride_n;
+        if (rows != nullptr)
+          store_row<T>(dq + i * this->columns_ld, 1.0f, p.head_dim, row);
+        else
+          __builtin_memset(row, 0, (size_t)p.head_dim * sizeof(Storage));
+      }
     } else {
-      for (int i = 0; i < tile.rows; ++i)
-        for (int64_t d = 0; d < p.head_dim; ++d) {
-          const float x = dq[i * this->columns_ld + d];
-          target[i * ld + d] = index == 0 ? x : target[i * ld + d] + x;
-        }
+      const int64_t ld = kFloat ? io.dq.stride_n : p.head_dim;
+      float* sums = kFloat ? (float*)target : dq_sums(s, b, tile);
+      for (int i = 0; i < tile.rows; ++i, sums += ld) {
+        for (int64_t d = 0; d < p.head_dim; ++d)
+          sums[d] = (first ? 0.0f : sums[d]) + (rows == nullptr ? 0.0f : dq[i * this->columns_ld + d]);
+        if (!kFloat && last) store_row<T>(sums, 1.0f, p.head_dim, target + i * io.dq.stride_n);
+      }
     }
     if (turn != nullptr) __atomic_store_n(turn, (int32_t)index + 1, __ATOMIC_RELEASE);
   }
@@ -152,13 +153,12 @@ struct KeyPass : Backward<T, E> {
     return (b * p.num_kv_heads + kv_head) * ceil_div(p.seqlen_q, kQueryTile) * (p.num_heads / p.num_kv_heads);
   }
 
-  float* dq_rows(const Sequence& s, int64_t b, const QueryTile& tile, int64_t* stride) const {
-    if (shared_dq == nullptr) {
-      *stride = io.dq.stride_n;
-      return row_of<float>(p, io.dq, b, tile.head, s.q0 + tile.i0);
-    }
-    *stride = p.head_dim;
-    return dq_sums_of(p, shared_dq, s, b, tile);
+  float* dq_sums(const Sequence& s, int64_t b, const QueryTile& tile) const {
+    const int64_t group = p.num_heads / p.num_kv_heads;
+    if (shared_dq_sums == nullptr) return own_dq_sums + (tile.head % group * s.nq + tile.i0) * p.head_dim;
+    const int64_t row =
+        p.cu_seqlens_q != nullptr ? tile.head * p.total_q + s.q0 : (b * p.num_heads + tile.head) * p.seqlen_q;
+    return shared_dq_sums + (row + tile.i0) * p.head_dim;
   }
 
   // Sums to gradients. Rows that no query saw are zero, whatever their sums hold.
@@ -181,27 +181,6 @@ struct KeyPass : Backward<T, E> {
       __builtin_memset(target, 0, (size_t)n * sizeof(Storage));
     else if (!in_place)
       store_row<T>(sums, factor, n, target);
-  }
-};
-
-// fp32 sums of dq to its own dtype, by query tiles.
-template <class T, class E>
-struct ConvertPass {
-  const Work& work;
-  explicit ConvertPass(const Work& w) : work(w) {}
-  void lay_out(Arena& arena) { arena.take<float>(1); }
-
-  void run(const Entry& entry, int64_t kv_head, const Entry*, int64_t) {
-    const fastattn_problem& p = *work.problem;
-    const fastattn_tensor& dq = work.backward->dq;
-    const Sequence s = sequence_of(p, entry.b);
-    for (int64_t t = entry.begin; t < entry.end; ++t) {
-      const QueryTile tile = query_tile_of(p, s, kv_head, t);
-      const float* sums = dq_sums_of(p, work.dq_sums, s, entry.b, tile);
-      typename T::Storage* target = row_of<typename T::Storage>(p, dq, entry.b, tile.head, s.q0 + tile.i0);
-      for (int i = 0; i < tile.rows; ++i)
-        store_row<T>(sums + i * p.head_dim, 1.0f, p.head_dim, target + i * dq.stride_n);
-    }
   }
 };
 

@@ -7,6 +7,7 @@
 #ifndef FASTATTN_CPU_FORWARD_H
 #define FASTATTN_CPU_FORWARD_H
 
+#include "decode.h"
 #include "dropout.h"
 #include "score.h"
 #include "softmax.h"
@@ -33,7 +34,8 @@ struct Forward {
 
   // workspace
   Unit *staging, *panels, *values, *queries, *weights;
-  float *scores, *sums;
+  float *scores, *sums, *thin_queries;
+  float* const partials;
   RowState* state;
 
   explicit Forward(const Work& work)
@@ -46,7 +48,8 @@ struct Forward {
         columns_ld(operand_ld(p.head_dim_v)),
         panel_stride(depth * kNR),
         slots(most_tiles_per_unit(p)),
-        queries_in_place(kSameUnits && p.q.stride_n == p.head_dim) {}
+        queries_in_place(kSameUnits && p.q.stride_n == p.head_dim),
+        partials(work.partials) {}
 
   void lay_out(Arena& arena) {
     staging = arena.take<Unit>(E::kPerUnit == 2 ? kKeyTile * depth_ld : 0);
@@ -56,6 +59,7 @@ struct Forward {
     weights = arena.take<Unit>(kQueryTile * kScoreLd);
     scores = arena.take<float>(kQueryTile * kScoreLd);
     sums = arena.take<float>(slots * kQueryTile * columns_ld);
+    thin_queries = arena.take<float>(kThinRows * operand_ld(p.head_dim));
     state = arena.take<RowState>(slots);
   }
 
@@ -73,11 +77,15 @@ struct Forward {
       row_count += tiles[t].rows;
       started[t] = false;
       state[t].reset(tiles[t].rows);
-      q[t] = load_queries(s, entry.b, tiles[t], queries + t * kQueryTile * depth_ld);
     }
+    const bool thin = s.nq <= kThinRows;
+    for (int t = 0; t < tile_count && !thin; ++t)
+      q[t] = load_queries(s, entry.b, tiles[t], queries + t * kQueryTile * depth_ld);
 
     int64_t key_begin, key_end;
     key_range_of(visible, tiles, tile_count, &key_begin, &key_end);
+    if (entry.key_begin > key_begin) key_begin = entry.key_begin;
+    if (entry.key_end < key_end) key_end = entry.key_end;
     const Storage* k = row_of<const Storage>(p, p.k, entry.b, kv_head, s.k0);
     const Storage* v = row_of<const Storage>(p, p.v, entry.b, kv_head, s.k0);
     KeyTile keys;
@@ -85,6 +93,11 @@ struct Forward {
       after = (j / kKeyTile + 1) * kKeyTile;
       trim_key_tile(mask, j, after < key_end ? after : key_end, keys);
       if (keys.count == 0) continue;
+      if (thin) {
+        thin_tiles(s, entry.b, visible, tiles, tile_count, keys, k + keys.begin * p.k.stride_n,
+                   v + keys.begin * p.v.stride_n, started);
+        continue;
+      }
       const int32_t* keep = keys.holes ? keys.keep : nullptr;
       Panels<T, E>::pack(k + keys.begin * p.k.stride_n, p.k.stride_n, keys.count, p.head_dim, keep, panels,
                          staging);
@@ -103,16 +116,53 @@ struct Forward {
       for (int t = 0; t < tile_count; ++t) {
         TileRows rows;
         if (!rows.set(visible, tiles[t].i0, tiles[t].rows, keys)) continue;
-        score_tile(s, entry.b, tiles[t], rows, keys, q[t], state[t], sums + t * kQueryTile * columns_ld,
-                   stream);
+        multiply_scores(rows, keys, q[t]);
+        weigh(s, entry.b, tiles[t], rows, keys, state[t], sums + t * kQueryTile * columns_ld, stream);
         if (!rows.full && finite < 0)
           finite = all_finite(values, columns_ld, keys.count, round_up(p.head_dim_v, W));
         add_values(rows, keys, !rows.full && finite == 0, started[t], sums + t * kQueryTile * columns_ld);
         started[t] = true;
       }
     }
-    for (int t = 0; t < tile_count; ++t)
-      finish(s, entry.b, tiles[t], state[t], started[t], sums + t * kQueryTile * columns_ld);
+    int64_t row = 0;
+    for (int t = 0; t < tile_count; row += tiles[t++].rows) {
+      float* sum_rows = sums + t * kQueryTile * columns_ld;
+      if (!started[t]) __builtin_memset(sum_rows, 0, (size_t)(tiles[t].rows * columns_ld) * sizeof(float));
+      if (partials != nullptr)
+        keep_partial(entry.slot, kv_head, row, tiles[t].rows, state[t], sum_rows);
+      else
+        finish(s, entry.b, tiles[t], state[t], sum_rows);
+    }
+  }
+
+  // A key tile against a handful of queries; see decode.h.
+  void thin_tiles(const Sequence& s, int64_t b, const Visibility& visible, const QueryTile* tiles,
+                  int tile_count, const KeyTile& keys, const Storage* k, const Storage* v, bool* started) {
+    const int64_t ld = operand_ld(p.head_dim);
+    Stream nothing;
+    for (int t = 0; t < tile_count; ++t) {
+      TileRows rows;
+      if (!rows.set(visible, tiles[t].i0, tiles[t].rows, keys)) continue;
+      float* sum_rows = sums + t * kQueryTile * columns_ld;
+      if (!started[t]) __builtin_memset(sum_rows, 0, (size_t)(tiles[t].rows * columns_ld) * sizeof(float));
+      started[t] = true;
+      const Storage* q = row_of<const Storage>(p, p.q, b, tiles[t].head, s.q0 + tiles[t].i0);
+      for (int i = 0; i < tiles[t].rows; ++i)
+        load_row<T>(q + i * p.q.stride_n, p.head_dim, thin_queries + i * ld, round_up(p.head_dim, W));
+      thin_scores<T>(thin_queries, ld, tiles[t].rows, k, p.k.stride_n, keys.count, p.head_dim, scores);
+      weigh(s, b, tiles[t], rows, keys, state[t], sum_rows, nothing);
+      thin_values<T>(rows, keys, scores, v, p.v.stride_n, p.head_dim_v, sum_rows, columns_ld);
+    }
+  }
+
+  void keep_partial(int64_t slot, int64_t kv_head, int64_t row, int rows, const RowState& row_state,
+                    const float* sum_rows) {
+    for (int i = 0; i < rows; ++i) {
+      float* to = partial_row(p, partials, slot, kv_head, row + i);
+      to[0] = row_state.peak[i];
+      to[1] = row_state.sum[i];
+      __builtin_memcpy(to + 16, sum_rows + i * columns_ld, (size_t)round_up(p.head_dim_v, W) * sizeof(float));
+    }
   }
 
   // The A operand of a query tile, in place or packed into `buffer`.
@@ -138,13 +188,16 @@ struct Forward {
     stream.add(row_of<const Storage>(p, p.v, next.b, head, s.k0), p.v.stride_n, keys, p.head_dim_v);
   }
 
-  // scores = weights of this tile; sums and state brought to its maximum.
-  void score_tile(const Sequence& s, int64_t b, const QueryTile& tile, const TileRows& rows,
-                  const KeyTile& keys, const Unit* q, RowState& row_state, float* sum_rows, Stream& stream) {
+  void multiply_scores(const TileRows& rows, const KeyTile& keys, const Unit* q) {
     gemm<E, false>(
         keys.padded, q, queries_in_place ? p.q.stride_n : depth_ld, panels, panel_stride, kNR, scores,
         kScoreLd, false, [&](int c0, int c1) { return rows.rows_of(c0, c1); },
         [&](int, int) { return Range{0, (int)depth}; });
+  }
+
+  // Scores become weights; sums and state are brought to this tile's maxima.
+  void weigh(const Sequence& s, int64_t b, const QueryTile& tile, const TileRows& rows, const KeyTile& keys,
+             RowState& row_state, float* sum_rows, Stream& stream) {
     const float scale = has_terms ? 1.0f : p.softmax_scale * kLog2e;
     int32_t keep[kKeyTile + kDropoutLanes];
     for (int i = 0; i < tile.rows; ++i) {
@@ -186,9 +239,8 @@ struct Forward {
                    [&](int i0, int i1) { return to_units<E>(rows.columns_of(i0, i1)); });
   }
 
-  void finish(const Sequence& s, int64_t b, const QueryTile& tile, const RowState& row_state, bool started,
-              float* sum_rows) {
-    if (!started) __builtin_memset(sum_rows, 0, (size_t)(tile.rows * columns_ld) * sizeof(float));
+  void finish(const Sequence& s, int64_t b, const QueryTile& tile, const RowState& row_state,
+              const float* sum_rows) {
     Storage* out = row_of<Storage>(p, result.out, b, tile.head, s.q0 + tile.i0);
     for (int i = 0; i < tile.rows; ++i) {
       const float total = row_state.sum[i];

@@ -4,6 +4,7 @@
 
 #include "backward_passes.h"
 #include "bias_passes.h"
+#include "decode.h"
 #include "forward.h"
 
 namespace fastattn::FASTATTN_ISA_NS {
@@ -45,8 +46,8 @@ typedef Single ForBF16;
 extern const Kernels kernels;
 const Kernels kernels = {FASTATTN_ISA_NAME,
                          FASTATTN_BY_DTYPE(Forward),
+                         FASTATTN_BY_DTYPE(MergePass),
                          FASTATTN_BY_DTYPE(KeyPass),
-                         FASTATTN_BY_DTYPE(ConvertPass),
                          FASTATTN_BY_DTYPE(QueryPass),
                          FASTATTN_BY_DTYPE(BiasPass),
                          FASTATTN_BY_DTYPE(RelativePass),

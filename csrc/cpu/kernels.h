@@ -13,6 +13,9 @@ namespace fastattn {
 struct Entry {
   int64_t b, begin, end;
   int64_t cost;  // visible (query, key) pairs, for handing out the longest first
+  // Few queries against many keys: this part of the keys alone, its sums kept in slot `slot` of
+  // Work::partials; a merge entry joins `splits` slots from there on.
+  int64_t key_begin = 0, key_end = INT64_MAX, slot = -1, splits = 0;
 };
 
 struct Work {
@@ -24,19 +27,23 @@ struct Work {
   int64_t unit_count;     // entries times heads
   int64_t grain;          // units taken at a time
   int64_t next;           // the next unit to be taken, atomically
+  float* partials;        // see decode.h
   int32_t out_of_memory;  // set by a thread that got no workspace
   int32_t* turns;         // key passes: per (b, kv head, query tile) the next key tile that may add to dq
-  float* dq_sums;         // key passes: fp32 dq in the layout of q where dq itself is narrower
+  // Key passes where dq is narrower than fp32 and summed over several key tiles: all its sums, if key tiles
+  // of a head are separate units; else the floats that a unit needs for its own.
+  float* shared_dq_sums;
+  int64_t unit_dq_sums;
 };
 
 typedef void (*Worker)(Work* work);
 
 struct Kernels {
   const char* name;
-  Worker forward[3];      // by fastattn_dtype
-  Worker backward_kv[3];  // dk, dv and, where it is wanted too, dq
-  Worker convert_dq[3];   // dq_sums to dq, after backward_kv
-  Worker backward_q[3];   // dq alone
+  Worker forward[3];        // by fastattn_dtype
+  Worker forward_merge[3];  // split keys joined, after forward
+  Worker backward_kv[3];    // dk, dv and, where it is wanted too, dq
+  Worker backward_q[3];     // dq alone
   Worker backward_bias[3];
   Worker backward_relative[3];
   void (*dropout_mask)(uint64_t seed, float p, int64_t b, int64_t h, int64_t i, int64_t nk, uint8_t* keep);

@@ -12,6 +12,7 @@ namespace fastattn {
 // Tile sizes are the same on every instruction set, so that results differ by rounding of sums alone.
 constexpr int kQueryTile = 64;    // rows of a score tile
 constexpr int kKeyTile = 256;     // its columns, a multiple of kDropoutBlock
+constexpr int kThinRows = 8;      // at most this many queries a head count as few: see decode.h
 constexpr int kTilesPerUnit = 8;  // query tiles that may share one packing of a key tile
 
 // Sequence b: its lengths and, in the packed layout, its first rows.

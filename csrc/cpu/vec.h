@@ -128,10 +128,14 @@ FASTATTN_ALWAYS vu mulhi(vu a, uint32_t b) {
 FASTATTN_ALWAYS vf from_bf16(vu16 x) { return as_float(__builtin_convertvector(x, vu) << 16); }
 
 FASTATTN_ALWAYS vu16 to_bf16(vf x) {  // round to nearest, ties to even; NaN stays NaN
+#if defined(__AVX512BF16__) && FASTATTN_VECTOR_BYTES == 64
+  return (vu16)_mm512_cvtneps_pbh((__m512)x);
+#else
   const vu u = as_uint(x);
   const vu rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
   const vu nan = (u >> 16) | 0x40u;
   return __builtin_convertvector(x == x ? rounded : nan, vu16);
+#endif
 }
 
 FASTATTN_ALWAYS vf from_f16(vu16 x) {

@@ -22,6 +22,8 @@ FINETUNE ?= finetune --task reuters8 --train lora head --compare --compare-steps
 	--steps 200 --test-texts 1000
 BENCH ?= bench --backend cpu
 
+CPP_FILES := 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'fastattn/*.cpp'
+
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 say = @printf '\033[1m== %s\033[0m\n' "$(1)"
 
@@ -31,7 +33,7 @@ export TOKENIZERS_PARALLELISM := false
 # The build tools of the environment are used wherever one is looked for on PATH.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help setup native lint test-cpp test-python test test-all test-aarch64 finetune bench clean distclean
+.PHONY: help setup native lint format test-cpp test-python test test-all test-aarch64 finetune bench clean distclean
 
 help: ## this list
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 22
@@ -65,9 +67,14 @@ lint: $(STAMPS)/installed ## ruff and clang-format, without changing anything
 	$(call say,ruff and clang-format)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	git ls-files -z 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' | xargs -0 -r clang-format --dry-run --Werror
+	git ls-files -z $(CPP_FILES) | xargs -0 -r clang-format --dry-run --Werror
 
-test-cpp: native ## C++ tests of the C ABI: plain, ASan+UBSan, TSan and a bounded fuzz run
+format: $(STAMPS)/installed ## format Python and C++, and mend what ruff can mend by itself
+	$(PY) -m ruff check --fix-only --quiet .
+	$(PY) -m ruff format .
+	git ls-files -z $(CPP_FILES) | xargs -0 -r clang-format -i
+
+test-cpp: native ## C++ tests of the C ABI, also under ASan+UBSan and TSan, and a bounded fuzz run
 	$(call say,C++ tests)
 	bash csrc/tests/run.sh plain asan tsan
 
@@ -78,12 +85,12 @@ test-python: setup ## pytest, without the tests marked slow
 	$(call say,pytest)
 	$(PY) -m pytest -m "not slow" --durations=15
 
-test: setup lint test-cpp test-python ## set up once then ruff; C++ tests; pytest (at most 15 minutes in all on 2 cores)
+test: setup lint test-cpp test-python ## set up once, then lint and C++ tests and pytest (at most 15 minutes in all on 2 cores)
 
 test-all: setup lint test-cpp test-aarch64 ## `make test` and everything that is marked slow
 	$(PY) -m pytest --durations=15
 
-finetune: setup ## set up once then fine-tune a BERT with and without fastattn (at most 8 minutes on 2 cores)
+finetune: setup ## set up once, then fine-tune a BERT with and without fastattn (at most 8 minutes on 2 cores)
 	$(call say,fastattn $(FINETUNE))
 	$(VENV)/bin/fastattn $(FINETUNE)
 

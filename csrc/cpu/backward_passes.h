@@ -81,7 +81,8 @@ struct KeyPass : Backward<T, E> {
           if (want_dq && !rows.full && finite < 0) finite = this->keys_finite(keys);
         }
         if (want_dq)
-          add_dq(s, entry.b, kv_head, tile, t, index, any ? &rows : nullptr, keys, !rows.full && finite == 0);
+          add_dq(s, entry.b, kv_head, tile, t, index, any ? &rows : nullptr, keys,
+                 any && !rows.full && finite == 0);
       }
       store_keys(s, entry.b, kv_head, begin, end, loaded && sums.started ? &keys : nullptr);
     }

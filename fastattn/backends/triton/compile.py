@@ -105,8 +105,11 @@ class Variant:
         shape = (self.head_dim, self.head_dim_v or self.head_dim, _ITEMSIZE[self.dtype])
         if self.kernel == "decode":
             return configs.decode_config(self.arch, 8, *shape)
+        if self.kernel == "forward":
+            return configs.forward_config(
+                self.arch, *shape, bool(self.features - {"left", "right", "packed"})
+            )
         choose = {
-            "forward": configs.forward_config,
             "dq": configs.dq_config,
             "dkdv": configs.dkdv_config,
             "dbias": configs.bias_config,
@@ -202,9 +205,7 @@ def _nvidia(variant: Variant, compiled: CompiledKernel) -> dict[str, object]:
     text = sass.disassemble(cubin)
     used = sass.resources(cubin)
     loop = sass.main_loop(text, arch)
-    widths = [
-        int(bits or 32) // 8 for bits in re.findall(r"\bLDG(?:STS)?\.E(?:\.\w+)*?(?:\.(64|128))?\b", text)
-    ]
+    loads = re.findall(r"\bLDG(?:STS)?\.[\w.]+", text)
     warps = variant.tiles().num_warps
     registers = -(-used["registers"] // 8) * 8
     shared = compiled.metadata.shared
@@ -218,8 +219,8 @@ def _nvidia(variant: Variant, compiled: CompiledKernel) -> dict[str, object]:
         "occupancy": round(blocks * warps / _WARPS_OF_SM[arch], 3),
         "instructions": len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s", text, re.M)),
         "matrix_instructions": sass.matrix_count(text),
-        "global_loads_16": sum(width == 16 for width in widths),
-        "global_loads_narrower": sum(width < 16 for width in widths),
+        "global_loads_16": sum(".128" in load for load in loads),
+        "global_loads_narrower": sum(".128" not in load for load in loads),
         "main_loop": None if loop is None else loop.as_dict(),
     }
 

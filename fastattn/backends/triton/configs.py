@@ -39,8 +39,10 @@ def padded_dim(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def forward_config(arch: Arch, head_dim: int, head_dim_v: int, itemsize: int) -> TileConfig:
-    """Tiles of the forward kernel."""
+def forward_config(
+    arch: Arch, head_dim: int, head_dim_v: int, itemsize: int, shaped: bool = False
+) -> TileConfig:
+    """Tiles of the forward kernel. shaped: whether anything but a window is done to the scores or weights."""
     dim = padded_dim(max(head_dim, head_dim_v))
     if arch == INTERPRETER:
         return _INTERPRETED
@@ -53,6 +55,8 @@ def forward_config(arch: Arch, head_dim: int, head_dim_v: int, itemsize: int) ->
         return TileConfig(64, 64 if dim <= 64 else 32, 4, 2)
     if dim <= 64:
         # 32 query rows a warp share each key fragment: fewer shared-memory loads for each matrix instruction.
+        if shaped:
+            return TileConfig(64, 64, 4, 3)  # what shapes the scores takes the registers of the taller tile
         return TileConfig(128, 64, 4, 3) if arch < 90 else TileConfig(128, 128, 8, 3)
     if dim <= 128:
         if arch in (90, 100):

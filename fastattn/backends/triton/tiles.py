@@ -64,7 +64,7 @@ def aligned(stride_b, stride_h, stride_n, ALIGN: tl.constexpr):
 
 @triton.jit
 def aligned_bias(stride_b, stride_h, stride_q, stride_k, BIAS_ALIGN: tl.constexpr):
-    """The same for a bias whose rows are contiguous. BIAS_ALIGN = 0: they are not, and are read one by one."""
+    """The same for a bias with contiguous rows. BIAS_ALIGN = 0: they are not, and are read one by one."""
     if BIAS_ALIGN == 0:
         return stride_b, stride_h, stride_q, stride_k
     return (

@@ -1,0 +1,61 @@
+"""What can be asked of the backend without a GPU: that it says so, costs nothing, chooses purely."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastattn
+from fastattn.backends import Backend
+from fastattn.backends.triton import backend, configs
+from fastattn.errors import BackendUnavailableError
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+
+
+def test_follows_the_protocol():
+    assert isinstance(backend, Backend)
+    assert backend.name == "triton"
+
+
+def test_importing_fastattn_does_not_import_triton():
+    code = "import sys, fastattn, fastattn.backends.triton; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@no_gpu
+def test_without_a_device_the_reason_is_given():
+    reason = backend.status()
+    assert reason
+    (status,) = (status for status in fastattn.backends() if status.name == "triton")
+    assert not status.available
+    assert status.reason == reason
+    q = torch.randn(1, 1, 4, 16)
+    with pytest.raises(BackendUnavailableError, match="triton"):
+        fastattn.attention(q, q, q, backend="triton")
+
+
+@pytest.mark.parametrize("arch", [75, 80, 86, 89, 90, 100, 120, "gfx90a", "gfx942", "gfx1100", "interpreter"])
+@pytest.mark.parametrize("head_dim", [1, 16, 40, 64, 80, 96, 128, 200, 256])
+def test_every_shape_has_tiles(arch, head_dim):
+    for itemsize in (2, 4):
+        shape = (head_dim, head_dim, itemsize)
+        tiles = [
+            configs.forward_config(arch, *shape),
+            configs.dq_config(arch, *shape),
+            configs.dkdv_config(arch, *shape),
+            configs.decode_config(arch, 1, *shape),
+        ]
+        bias = configs.bias_config(arch, *shape)
+        assert bias.block_m == bias.block_n  # diagonals of tiles must hold diagonals of scores
+        for config in (*tiles, bias):
+            assert min(config.block_m, config.block_n) >= 16
+            assert all(n & (n - 1) == 0 for n in (config.block_m, config.block_n, config.num_warps))
+
+
+@pytest.mark.parametrize(
+    ("tiles", "seqlen_k", "expected"), [(1, 255, 1), (1, 1024, 4), (264, 10**6, 1), (0, 10**6, 64)]
+)
+def test_keys_are_split_only_when_programs_are_few(tiles, seqlen_k, expected):
+    assert configs.decode_splits(tiles, seqlen_k, processors=132) == expected

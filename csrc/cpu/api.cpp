@@ -74,7 +74,7 @@ void query_entries(const fastattn_problem& p, EntryList& list) {
     const Sequence s = sequence_of(p, b);
     const int64_t count = query_tiles_of(p, s);
     // Heads that share few-rowed reads of K and V stay together.
-    const int64_t step = s.nq <= kThinRows ? most_tiles_per_unit(p) : per_unit;
+    const int64_t step = is_thin(p, s) ? most_tiles_per_unit(p) : per_unit;
     for (int64_t t = 0; t < count; t += step) {
       const int64_t end = std::min(t + step, count);
       list.add({b, t, end, cost_of_queries(p, s, b, t, end)});

@@ -41,7 +41,7 @@ struct Backward {
     const Unit *q, *dout, *q_rows, *dout_rows;
     int64_t q_ld, dout_ld, q_rows_ld, dout_rows_ld;
     Unit* buffers[4];
-    float lse2[kQueryTile], delta[kQueryTile];
+    float lse[kQueryTile], delta[kQueryTile];
   };
   Queries* queries;
   const Unit* key_rows;  // B operand, K = keys
@@ -150,7 +150,7 @@ struct Backward {
     const Storage* out = want_ds ? row_of<const Storage>(p, io.out, b, h, row0) : nullptr;
     for (int i = 0; i < tile.rows; ++i) {
       const bool nothing_seen = lse[i] == -kInf;
-      q.lse2[i] = nothing_seen ? kInf : lse[i] * kLog2e;
+      q.lse[i] = nothing_seen ? kInf : lse[i];
       q.delta[i] = 0.0f;
       if (!want_ds || nothing_seen) continue;
       q.delta[i] = row_dot(out + i * io.out.stride_n, dout + i * io.dout.stride_n) -
@@ -165,6 +165,17 @@ struct Backward {
     stream.add(row_of<const Storage>(p, io.dout, b, h, row0), io.dout.stride_n, tile.rows, p.head_dim_v);
     if (want_ds)
       stream.add(row_of<const Storage>(p, io.out, b, h, row0), io.out.stride_n, tile.rows, p.head_dim_v);
+  }
+
+  // The same for a unit's first query tile and its keys from `key_begin` on.
+  void announce_unit(int64_t b, int64_t kv_head, int64_t query_tile, int64_t key_begin,
+                     Stream& stream) const {
+    const Sequence s = sequence_of(p, b);
+    if (s.nq == 0 || s.nk == 0) return;
+    announce_queries(s, b, query_tile_of(p, s, kv_head, query_tile), stream);
+    const int64_t left = s.nk - key_begin, count = left < kKeyTile ? left : kKeyTile, row0 = s.k0 + key_begin;
+    stream.add(row_of<const Storage>(p, p.k, b, kv_head, row0), p.k.stride_n, count, p.head_dim);
+    stream.add(row_of<const Storage>(p, p.v, b, kv_head, row0), p.v.stride_n, count, p.head_dim_v);
   }
 
   float row_dot(const Storage* a, const Storage* b) const {
@@ -185,7 +196,7 @@ struct Backward {
     if (want_ds)
       gemm<E, false>(keys.padded, q.dout, q.dout_ld, value_panels, depth_v * kNR, kNR, dscores, kScoreLd,
                      false, rows_of, [&](int, int) { return Range{0, (int)depth_v}; });
-    const float scale = has_terms ? 1.0f : p.softmax_scale * kLog2e;
+    const float scale = has_terms ? 1.0f : p.softmax_scale;
     int32_t keep[kKeyTile + kDropoutLanes];
     for (int i = 0; i < rows.rows; ++i) {
       stream.step();
@@ -208,7 +219,7 @@ struct Backward {
                                                                : &Backward::finish_row<true, false, false>))
                                   : (dropout.active ? &Backward::finish_row<false, true, true>
                                                     : &Backward::finish_row<false, true, false>);
-      (this->*finish)(row, drow, first, last, scale, q.lse2[i], q.delta[i], keep);
+      (this->*finish)(row, drow, first, last, scale, q.lse[i], q.delta[i], keep);
       if (want_ds) {
         mask_row(drow, begin, end, keys, 0.0f);
         zero_outside(drow, begin, end, keys.padded);
@@ -224,7 +235,7 @@ struct Backward {
     const bool sloped = want_slopes;
     const float p_scale = ds_scale, kept_scale = dropout.scale;
     for (int c = first; c < last; c += W) {
-      const vf weight = exp2_nonpositive(load(row + c) * scale - offset);
+      const vf weight = exp_nonpositive(load(row + c) * scale - offset);
       if constexpr (kDs) {
         vf dp = load(drow + c);
         if constexpr (kDropout) dp = as_float(as_int(dp * kept_scale) & load_as<vi>(keep + c));

@@ -66,7 +66,7 @@ struct KeyPass : Backward<T, E> {
           if (t + 1 < tiles)
             this->announce_queries(s, entry.b, query_tile_of(p, s, kv_head, t + 1), stream);
           else if (index + 1 == entry.end && next != nullptr)
-            announce(*next, next_head, stream);
+            this->announce_unit(next->b, next_head, 0, next->begin * kKeyTile, stream);
           stream.start(tile.rows);
           const auto& q = *this->queries;
           this->load_queries(s, entry.b, tile, *this->queries);
@@ -105,15 +105,6 @@ struct KeyPass : Backward<T, E> {
     if (this->want_dv && dv_in_place)
       sums.dv = row_of<float>(p, io.dv, b, kv_head, s.k0 + keys.begin), sums.dv_ld = io.dv.stride_n;
     return sums;
-  }
-
-  void announce(const Entry& next, int64_t head, Stream& stream) const {
-    const Sequence s = sequence_of(p, next.b);
-    if (s.nq == 0 || s.nk == 0) return;
-    this->announce_queries(s, next.b, query_tile_of(p, s, head, 0), stream);
-    const int64_t begin = next.begin * kKeyTile, count = s.nk - begin < kKeyTile ? s.nk - begin : kKeyTile;
-    stream.add(row_of<const Storage>(p, p.k, next.b, head, s.k0 + begin), p.k.stride_n, count, p.head_dim);
-    stream.add(row_of<const Storage>(p, p.v, next.b, head, s.k0 + begin), p.v.stride_n, count, p.head_dim_v);
   }
 
   // dq of a query tile from this key tile. Key tile 0 writes it, the others add to it, each after the one
@@ -203,7 +194,7 @@ struct QueryPass : Backward<T, E> {
     dq = arena.take<float>(this->slots * kQueryTile * this->columns_ld);
   }
 
-  void run(const Entry& entry, int64_t kv_head, const Entry*, int64_t) {
+  void run(const Entry& entry, int64_t kv_head, const Entry* next, int64_t next_head) {
     const Sequence s = sequence_of(p, entry.b);
     const Visibility visible = visibility_of(p, s);
     const int count = (int)(entry.end - entry.begin);
@@ -227,6 +218,8 @@ struct QueryPass : Backward<T, E> {
                    p.head_dim);
         stream.add(row_of<const Storage>(p, p.v, entry.b, kv_head, s.k0 + stop), p.v.stride_n, ahead,
                    p.head_dim_v);
+      } else if (next != nullptr) {
+        this->announce_unit(next->b, next_head, next->begin, 0, stream);
       }
       stream.start(count * kQueryTile);
       int finite = -1;

@@ -109,7 +109,7 @@ struct MergePass {
         if (result.lse == nullptr) continue;
         float* lse = scalar_of(p, result.lse, result.lse_stride_b, result.lse_stride_h, entry.b, tile.head,
                                s.q0 + tile.i0 + i);
-        *lse = total == 0.0f ? -kInf : peak * kLn2 + log_positive(splat(total))[0];
+        *lse = total == 0.0f ? -kInf : peak + log_positive(splat(total))[0];
       }
     }
   }
@@ -126,7 +126,7 @@ struct MergePass {
     for (int64_t part = 0; part < entry.splits; ++part) {
       const float* from = partial_row(p, work.partials, entry.slot + part, kv_head, row);
       if (from[1] == 0.0f) continue;
-      const float factor = *peak == -kInf ? 1.0f : exp2_nonpositive(splat(from[0] - *peak))[0];
+      const float factor = *peak == -kInf ? 1.0f : exp_nonpositive(splat(from[0] - *peak))[0];
       *total += from[1] * factor;
       for (int64_t d = 0; d < p.head_dim_v; d += W)
         store(sums + d, load(sums + d) + load(from + 16 + d) * factor);

@@ -78,7 +78,7 @@ struct Forward {
       started[t] = false;
       state[t].reset(tiles[t].rows);
     }
-    const bool thin = s.nq <= kThinRows;
+    const bool thin = is_thin(p, s);
     for (int t = 0; t < tile_count && !thin; ++t)
       q[t] = load_queries(s, entry.b, tiles[t], queries + t * kQueryTile * depth_ld);
 
@@ -198,7 +198,7 @@ struct Forward {
   // Scores become weights; sums and state are brought to this tile's maxima.
   void weigh(const Sequence& s, int64_t b, const QueryTile& tile, const TileRows& rows, const KeyTile& keys,
              RowState& row_state, float* sum_rows, Stream& stream) {
-    const float scale = has_terms ? 1.0f : p.softmax_scale * kLog2e;
+    const float scale = has_terms ? 1.0f : p.softmax_scale;
     int32_t keep[kKeyTile + kDropoutLanes];
     for (int i = 0; i < tile.rows; ++i) {
       stream.step();

@@ -1,4 +1,4 @@
-// Elementary functions on vectors: exp2, log and tanh, each as a polynomial on a reduced argument.
+// Elementary functions on vectors: exp, log and tanh, each as a polynomial on a reduced argument.
 #ifndef FASTATTN_CPU_MATH_H
 #define FASTATTN_CPU_MATH_H
 
@@ -10,13 +10,14 @@ constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
 constexpr float kInf = __builtin_inff();
 
-// 2^x for x <= 0, which is what softmax asks for; larger arguments count as 0, and below -126.5 the result is
+// e^x for x <= 0, which is what softmax asks for; larger arguments count as 0, and below -88 the result is
 // exactly 0. NaN stays NaN.
 //
-// x = n + f with n the nearest integer: adding 1.5 * 2^23 + 127 leaves n + 127 in the low mantissa bits,
-// which shifted by 23 are the bits of 2^n (0 for n = -127). 2^f by a degree-5 minimax polynomial, 2e-7
-// relative.
-FASTATTN_ALWAYS vf exp2_nonpositive(vf x) {
+// x = n ln 2 + f with n the nearest integer to x log2 e: adding 1.5 * 2^23 + 127 leaves n + 127 in the low
+// mantissa bits, which shifted by 23 are the bits of 2^n (0 for n = -127). e^f by a degree-5 minimax
+// polynomial, 1e-7 relative. Arguments stay in natural units all the way, so that s - lse is rounded once,
+// where it is small.
+FASTATTN_ALWAYS vf exp_nonpositive(vf x) {
   const vf magic = splat(12582912.0f + 127.0f);
 #if defined(__AVX512F__) && FASTATTN_VECTOR_BYTES == 64
   x = (vf)_mm512_min_ps(_mm512_setzero_ps(), (__m512)x);
@@ -25,14 +26,14 @@ FASTATTN_ALWAYS vf exp2_nonpositive(vf x) {
 #else
   x = x > 0.0f ? vf{} : x;
 #endif
-  x = vmax(splat(-127.0f), x);
-  const vf t = x + magic;
-  const vf f = x - (t - magic);
-  vf p = splat(1.326472718e-03f);
-  p = p * f + splat(9.671512650e-03f);
-  p = p * f + splat(5.550733743e-02f);
-  p = p * f + splat(2.402224209e-01f);
-  p = p * f + splat(6.931469776e-01f);
+  x = vmax(splat(-127.0f * kLn2), x);
+  const vf t = x * kLog2e + magic;
+  const vf f = x - (t - magic) * kLn2;
+  vf p = splat(8.290272106e-03f);
+  p = p * f + splat(4.189815964e-02f);
+  p = p * f + splat(1.666763813e-01f);
+  p = p * f + splat(4.999914784e-01f);
+  p = p * f + splat(9.999997063e-01f);
   p = p * f + splat(1.0f);
   return p * as_float(as_int(t) << 23);
 }
@@ -61,7 +62,7 @@ FASTATTN_ALWAYS vf tanh(vf x) {
   p = p * z + splat(1.33314422036e-1f);
   p = p * z + splat(-3.33332819422e-1f);
   const vf small = x + x * z * p;
-  const vf e = exp2_nonpositive(magnitude * (-2.0f * kLog2e));
+  const vf e = exp_nonpositive(magnitude * -2.0f);
   const vf large = (1.0f - e) / (1.0f + e);
   const vf with_sign = as_float(as_int(large) | (as_int(x) & INT32_MIN));
   return magnitude < 0.625f ? small : with_sign;

@@ -12,7 +12,6 @@ namespace fastattn {
 // Tile sizes are the same on every instruction set, so that results differ by rounding of sums alone.
 constexpr int kQueryTile = 64;    // rows of a score tile
 constexpr int kKeyTile = 256;     // its columns, a multiple of kDropoutBlock
-constexpr int kThinRows = 8;      // at most this many queries a head count as few: see decode.h
 constexpr int kTilesPerUnit = 8;  // query tiles that may share one packing of a key tile
 
 // Sequence b: its lengths and, in the packed layout, its first rows.
@@ -69,6 +68,13 @@ static inline Visibility visibility_of(const fastattn_problem& p, const Sequence
 static inline bool has_score_terms(const fastattn_problem& p) {
   return p.softcap > 0.0f || p.bias.data != nullptr || p.relative_bias != nullptr ||
          p.alibi_slopes != nullptr || !(p.softmax_scale > 0.0f);
+}
+
+// Few queries against each kv head: time goes into reading K and V, and decode.h takes over. A property of
+// the sequence alone, so that the rest of the batch does not change its rounding.
+constexpr int kThinRows = 8;
+static inline bool is_thin(const fastattn_problem& p, const Sequence& s) {
+  return s.nq <= kThinRows && s.nq * (p.num_heads / p.num_kv_heads) <= 4 * kThinRows;
 }
 
 // Query tiles whose state fits into L2 beside a packed key tile.

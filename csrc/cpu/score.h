@@ -25,7 +25,7 @@ inline void load_bias_row(const fastattn_problem& p, int64_t b, int64_t h, int64
   load_bias_row<BF16>(source, bias.stride_k, n, row);
 }
 
-// Turns products q k^T of query i and keys [j, j + n) into whole scores in units of log2 e. Where `slope` is
+// Turns products q k^T of query i and keys [j, j + n) into whole scores. Where `slope` is
 // given it receives the derivative of the soft cap, 1 - tanh^2. Rows are whole vectors long.
 inline void finish_scores(const fastattn_problem& p, const Sequence& s, int64_t b, int64_t h, int64_t i,
                           int64_t j, int n, float* row, float* slope) {
@@ -54,7 +54,7 @@ inline void finish_scores(const fastattn_problem& p, const Sequence& s, int64_t 
       const vf d = distance + (float)c;
       x -= as_float(as_int(d) & 0x7FFFFFFF) * alibi;
     }
-    store(row + c, x * kLog2e);
+    store(row + c, x);
   }
 }
 

@@ -1,4 +1,4 @@
-// Online softmax of a tile (Milakov and Gimelshein 2018; Dao 2022): weights in base 2 against the running
+// Online softmax of a tile (Milakov and Gimelshein 2018; Dao 2022): weights against the running
 // maximum, running sums, and a rescaling of what was summed so far only for rows whose maximum has moved.
 #ifndef FASTATTN_CPU_SOFTMAX_H
 #define FASTATTN_CPU_SOFTMAX_H
@@ -8,8 +8,8 @@
 namespace fastattn::FASTATTN_ISA_NS {
 
 struct RowState {
-  float peak[kQueryTile];  // of the scores so far, in units of log2 e; -inf: nothing seen
-  float sum[kQueryTile];   // of 2^(score - peak)
+  float peak[kQueryTile];  // of the scores so far; -inf: nothing seen
+  float sum[kQueryTile];   // of exp(score - peak)
 
   void reset(int rows) {
     for (int i = 0; i < rows; ++i) peak[i] = -kInf, sum[i] = 0.0f;
@@ -34,22 +34,22 @@ FASTATTN_ALWAYS bool softmax_row(float* row, int begin, int end, float scale, fl
   }
   const float old_peak = peak, new_peak = tile_peak > old_peak ? tile_peak : old_peak;
   const bool moved = new_peak > old_peak && old_peak > -kInf;
-  *rescale = moved ? exp2_nonpositive(splat(old_peak - new_peak))[0] : 1.0f;
+  *rescale = moved ? exp_nonpositive(splat(old_peak - new_peak))[0] : 1.0f;
   // Nothing but NaN in the row so far: any finite offset keeps it NaN.
   const float offset = new_peak == -kInf ? 0.0f : new_peak;
 
   vf sum0 = {}, sum1 = {};
   j = begin;
   for (; j + 2 * W <= end; j += 2 * W) {
-    const vf p0 = exp2_nonpositive(load(row + j) * scale - offset);
-    const vf p1 = exp2_nonpositive(load(row + j + W) * scale - offset);
+    const vf p0 = exp_nonpositive(load(row + j) * scale - offset);
+    const vf p1 = exp_nonpositive(load(row + j + W) * scale - offset);
     store(row + j, p0);
     store(row + j + W, p1);
     sum0 += p0;
     sum1 += p1;
   }
   if (j < end) {
-    const vf p0 = exp2_nonpositive(load(row + j) * scale - offset);
+    const vf p0 = exp_nonpositive(load(row + j) * scale - offset);
     store(row + j, p0);
     sum0 += p0;
   }
@@ -64,7 +64,7 @@ inline void log_sum_exp(const float* peak, const float* sum, int n, float* lse) 
     const int left = n - i;
     const vf m = left >= W ? load(peak + i) : load_tail<F32>(peak + i, left);
     const vf l = left >= W ? load(sum + i) : load_tail<F32>(sum + i, left);
-    const vf value = l == 0.0f ? splat(-kInf) : m * kLn2 + log_positive(l);
+    const vf value = l == 0.0f ? splat(-kInf) : m + log_positive(l);
     if (left >= W) {
       store(lse + i, value);
     } else {

@@ -45,15 +45,16 @@ def why_not() -> str | None:
     return f"{', '.join(missing)} not on PATH" if missing else None
 
 
-def build(folder: Path, dims: str, types: str, variants: str) -> Path:
+def build(folder: Path, dims: str, types: str, variants: str, *, real_runtime: bool = False) -> Path:
     """The library of a part of the table, in `folder`; its PTX files lie beside it. Cheap when up to date."""
     folder.mkdir(parents=True, exist_ok=True)
+    fake = Path(__file__).with_name("fake_cudart.cpp")
+    runtime = ["Static", ""] if real_runtime else ["None", fake]
     configure = [
         "cmake", "-S", ROOT / "csrc" / "cuda", "-B", folder, "-G", "Ninja",
-        "-DCMAKE_CUDA_ARCHITECTURES=80-virtual", "-DCMAKE_CUDA_RUNTIME_LIBRARY=None",
+        "-DCMAKE_CUDA_ARCHITECTURES=80-virtual", f"-DCMAKE_CUDA_RUNTIME_LIBRARY={runtime[0]}",
         f"-DFASTATTN_CUDA_DIMS={dims}", f"-DFASTATTN_CUDA_TYPES={types}",
-        f"-DFASTATTN_CUDA_VARIANTS={variants}",
-        f"-DFASTATTN_CUDA_TEST_SOURCES={Path(__file__).with_name('fake_cudart.cpp')}",
+        f"-DFASTATTN_CUDA_VARIANTS={variants}", f"-DFASTATTN_CUDA_TEST_SOURCES={runtime[1]}",
         f"-DCMAKE_CUDA_FLAGS=--keep --keep-dir {folder}",
     ]  # fmt: skip
     for command in (configure, ["cmake", "--build", folder]):

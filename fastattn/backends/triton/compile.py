@@ -54,7 +54,7 @@ _POINTER_TYPES = {
     "p_parts_lse": "*fp32",
     "p_dbias": "*fp32",
     "p_drelative": "*fp32",
-    "p_key_mask": "*u8",
+    "p_key_mask": "*i32",
     "p_relative_bias": "*fp32",
     "p_alibi": "*fp32",
     "p_cu_q": "*i32",

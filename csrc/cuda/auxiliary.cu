@@ -1,5 +1,4 @@
 #include "auxiliary.h"
-
 #include "sm80/element.h"
 #include "sm80/sequence.h"
 
@@ -51,7 +50,8 @@ __global__ void __launch_bounds__(kThreads) row_statistics_kernel(const __grid_c
   const int lane = threadIdx.x % 32;
   for (int64_t index = thread_index() / 32; index < batch * p.heads * rows; index += thread_count() / 32) {
     const int64_t i = index % rows, h = index / rows % p.heads, b = index / rows / p.heads;
-    const T* out = static_cast<const T*>(p.out.data) + b * p.out.stride_b + h * p.out.stride_h + i * p.out.stride_n;
+    const T* out =
+        static_cast<const T*>(p.out.data) + b * p.out.stride_b + h * p.out.stride_h + i * p.out.stride_n;
     const T* dout =
         static_cast<const T*>(p.dout.data) + b * p.dout.stride_b + h * p.dout.stride_h + i * p.dout.stride_n;
     float sum = 0.0f;
@@ -60,7 +60,8 @@ __global__ void __launch_bounds__(kThreads) row_statistics_kernel(const __grid_c
     sum = warp_sum(sum);
     if (lane != 0) continue;
     const float lse = p.lse.data[b * p.lse.stride_b + h * p.lse.stride_h + i];
-    const float dlse = p.dlse.data == nullptr ? 0.0f : p.dlse.data[b * p.dlse.stride_b + h * p.dlse.stride_h + i];
+    const float dlse =
+        p.dlse.data == nullptr ? 0.0f : p.dlse.data[b * p.dlse.stride_b + h * p.dlse.stride_h + i];
     const bool empty = lse == -INFINITY;
     p.rows[b * p.rows_stride_b + h * p.rows_stride_h + i] =
         RowStatistics{empty ? INFINITY : lse * kLog2E, empty ? 0.0f : sum - dlse};
@@ -82,21 +83,25 @@ __global__ void __launch_bounds__(kThreads) combine(const __grid_constant__ Para
   const int lane = threadIdx.x % 32;
   const int64_t rows = int64_t(p.batch) * p.heads * p.len_q;
   for (int64_t index = thread_index() / 32; index < rows; index += thread_count() / 32) {
-    const int i = int(index % p.len_q), h = int(index / p.len_q % p.heads), b = int(index / p.len_q / p.heads);
+    const int i = int(index % p.len_q), h = int(index / p.len_q % p.heads),
+              b = int(index / p.len_q / p.heads);
     const Sequence s(p, b);
     if (i >= s.len_q) continue;
     float highest = -INFINITY, total = 0.0f;
-    for (int split = 0; split < p.splits; ++split) highest = fmaxf(highest, p.partial_lse[split * rows + index]);
+    for (int split = 0; split < p.splits; ++split)
+      highest = fmaxf(highest, p.partial_lse[split * rows + index]);
     const float base = highest == -INFINITY ? 0.0f : highest;
     for (int split = 0; split < p.splits; ++split)
       total += ptx::exp2((p.partial_lse[split * rows + index] - base) * kLog2E);
-    T* out = static_cast<T*>(p.out.data) + b * p.out.stride_b + h * p.out.stride_h + (s.first_q + i) * p.out.stride_n;
+    T* out = static_cast<T*>(p.out.data) + b * p.out.stride_b + h * p.out.stride_h +
+             (s.first_q + i) * p.out.stride_n;
     for (int col = lane; col < p.dim_v; col += 32) {
       float sum = 0.0f;
       for (int split = 0; split < p.splits; ++split) {
         const float lse = p.partial_lse[split * rows + index];
         if (lse == -INFINITY) continue;
-        sum = fmaf(p.partial_out[(split * rows + index) * p.dim_v + col], ptx::exp2((lse - base) * kLog2E), sum);
+        sum = fmaf(p.partial_out[(split * rows + index) * p.dim_v + col], ptx::exp2((lse - base) * kLog2E),
+                   sum);
       }
       out[col] = from_float<T>(total > 0.0f ? sum / total : total == 0.0f ? 0.0f : total);
     }
@@ -125,20 +130,22 @@ __global__ void __launch_bounds__(kThreads) finish_relative_bias(const __grid_co
 
 }  // namespace
 
-cudaError_t launch_pack(const TensorArg& from, void* to, int element_bytes, int64_t batch, int64_t heads, int64_t rows,
-                        int dim, int padded, cudaStream_t stream) {
+cudaError_t launch_pack(const TensorArg& from, void* to, int element_bytes, int64_t batch, int64_t heads,
+                        int64_t rows, int dim, int padded, cudaStream_t stream) {
   const int64_t count = batch * heads * rows * padded;
   if (count == 0) return cudaSuccess;
   if (element_bytes == 2) {
-    pack<<<blocks_for(count), kThreads, 0, stream>>>(from, static_cast<uint16_t*>(to), count, heads, rows, dim, padded);
+    pack<<<blocks_for(count), kThreads, 0, stream>>>(from, static_cast<uint16_t*>(to), count, heads, rows,
+                                                     dim, padded);
   } else {
-    pack<<<blocks_for(count), kThreads, 0, stream>>>(from, static_cast<uint32_t*>(to), count, heads, rows, dim, padded);
+    pack<<<blocks_for(count), kThreads, 0, stream>>>(from, static_cast<uint32_t*>(to), count, heads, rows,
+                                                     dim, padded);
   }
   return cudaGetLastError();
 }
 
-cudaError_t launch_fill_outside(const TensorArg& x, int element_bytes, uint32_t value, const int32_t* cu, int batch,
-                             int64_t total, int heads, int dim, cudaStream_t stream) {
+cudaError_t launch_fill_outside(const TensorArg& x, int element_bytes, uint32_t value, const int32_t* cu,
+                                int batch, int64_t total, int heads, int dim, cudaStream_t stream) {
   const int64_t count = total * heads * dim;
   if (count == 0) return cudaSuccess;
   const int blocks = min(blocks_for(count), 256);  // most rows belong to a sequence

@@ -16,8 +16,8 @@ fastattn_status validate_forward(const fastattn_problem* p, const fastattn_forwa
 fastattn_status validate_backward(const fastattn_problem* p, const fastattn_backward_io* io);
 fastattn_status validate_problem(const fastattn_problem* p);
 
-// Hands out pieces of the workspace in the order they are asked for. Without memory it only counts: the size queries
-// and the calls run the same code.
+// Hands out pieces of the workspace in the order they are asked for. Without memory it only counts: the size
+// queries and the calls run the same code.
 class Workspace {
  public:
   Workspace() = default;
@@ -50,8 +50,10 @@ struct Plan {
   int copy_count;
 };
 
-Plan plan_forward(const fastattn_problem& p, const fastattn_forward_result* r, int num_splits, Workspace& workspace);
-Plan plan_backward(const fastattn_problem& p, const fastattn_backward_io& io, int diagonal_tile, Workspace& workspace);
+Plan plan_forward(const fastattn_problem& p, const fastattn_forward_result* r, int num_splits,
+                  Workspace& workspace);
+Plan plan_backward(const fastattn_problem& p, const fastattn_backward_io& io, int diagonal_tile,
+                   Workspace& workspace);
 
 // The kernels that serve a problem: the narrowest head dimension and the fewest features. Null after fail().
 const KernelSet* find_kernels(const fastattn_problem& p);

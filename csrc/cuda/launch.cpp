@@ -4,7 +4,7 @@
 #include "auxiliary.h"
 #include "host.h"
 
-#define CHECK(call)                                      \
+#define CHECK(call) \
   if (const fastattn_status status_ = (call); status_ != FASTATTN_OK) return status_
 
 namespace fastattn {
@@ -13,14 +13,15 @@ namespace {
 constexpr uint32_t kAdditive = kFeatureBias | kFeatureRelative | kFeatureAlibi;
 constexpr uint32_t kAll = kFeatureSoftcap | kAdditive | kFeatureDropout;
 
-// Whether a variant computes what is needed. Only the variant of everything asks at run time what is there (variant.h);
-// dropout does in every variant.
+// Whether a variant computes what is needed. Only the variant of everything asks at run time what is there
+// (variant.h); dropout does in every variant.
 bool serves(uint32_t features, uint32_t needed) {
   return (features & needed) == needed &&
          (features == kAll || (features & ~kFeatureDropout) == (needed & ~kFeatureDropout));
 }
 
-fastattn_status launch_kernel(const Kernel& kernel, int64_t blocks, const Params& params, cudaStream_t stream) {
+fastattn_status launch_kernel(const Kernel& kernel, int64_t blocks, const Params& params,
+                              cudaStream_t stream) {
   if (blocks == 0) return FASTATTN_OK;
   if (blocks > INT32_MAX)
     return fail(FASTATTN_UNSUPPORTED, "the problem needs %lld blocks; a launch has at most 2^31 - 1.",
@@ -38,18 +39,20 @@ fastattn_status launch_kernel(const Kernel& kernel, int64_t blocks, const Params
 fastattn_status run_copies(const Plan& plan, int dtype, cudaStream_t stream) {
   for (int i = 0; i < plan.copy_count; ++i) {
     const Copy& c = plan.copies[i];
-    CHECK(check_cuda(launch_pack(c.from, c.to, element_bytes(dtype), c.batch, c.heads, c.rows, c.dim, c.padded, stream),
-                     "launching a copy"));
+    CHECK(check_cuda(
+        launch_pack(c.from, c.to, element_bytes(dtype), c.batch, c.heads, c.rows, c.dim, c.padded, stream),
+        "launching a copy"));
   }
   return FASTATTN_OK;
 }
 
-fastattn_status fill_outside(const fastattn_problem& p, const TensorArg& x, bool queries, int64_t heads, int64_t dim,
-                          int bytes, uint32_t value, cudaStream_t stream) {
+fastattn_status fill_outside(const fastattn_problem& p, const TensorArg& x, bool queries, int64_t heads,
+                             int64_t dim, int bytes, uint32_t value, cudaStream_t stream) {
   if (p.cu_seqlens_q == nullptr || x.data == nullptr) return FASTATTN_OK;
-  return check_cuda(launch_fill_outside(x, bytes, value, queries ? p.cu_seqlens_q : p.cu_seqlens_k, int(p.batch),
-                                     queries ? p.total_q : p.total_k, int(heads), int(dim), stream),
-                    "launching a fill");
+  return check_cuda(
+      launch_fill_outside(x, bytes, value, queries ? p.cu_seqlens_q : p.cu_seqlens_k, int(p.batch),
+                          queries ? p.total_q : p.total_k, int(heads), int(dim), stream),
+      "launching a fill");
 }
 
 fastattn_status check_launch(const fastattn_cuda_launch* launch) {
@@ -65,7 +68,8 @@ fastattn_status check_launch(const fastattn_cuda_launch* launch) {
 }
 
 fastattn_status check_workspace(const Workspace& used, const fastattn_cuda_launch& launch) {
-  if (used.used() == 0 || (launch.workspace != nullptr && used.used() <= launch.workspace_bytes)) return FASTATTN_OK;
+  if (used.used() == 0 || (launch.workspace != nullptr && used.used() <= launch.workspace_bytes))
+    return FASTATTN_OK;
   return fail(FASTATTN_OUT_OF_MEMORY, "the call needs %lld bytes of workspace and was given %lld.",
               (long long)used.used(), (long long)(launch.workspace != nullptr ? launch.workspace_bytes : 0));
 }
@@ -85,7 +89,8 @@ fastattn_status check_score_gradient(const KernelSet& set, const fastattn_backwa
 const KernelSet* find_kernels(const fastattn_problem& p) {
   uint32_t needed = (p.softcap > 0.0f ? kFeatureSoftcap : 0) | (p.bias.data != nullptr ? kFeatureBias : 0) |
                     (p.relative_bias != nullptr ? kFeatureRelative : 0) |
-                    (p.alibi_slopes != nullptr ? kFeatureAlibi : 0) | (p.dropout_p > 0.0f ? kFeatureDropout : 0);
+                    (p.alibi_slopes != nullptr ? kFeatureAlibi : 0) |
+                    (p.dropout_p > 0.0f ? kFeatureDropout : 0);
   // The plain kernels take the maximum before they scale, which is right for a positive scale only.
   if (!(p.softmax_scale * kLog2E > 1e-30f) && (needed & ~kFeatureDropout) == 0) needed = kAll;
   const int dim = int(p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v);
@@ -93,11 +98,13 @@ const KernelSet* find_kernels(const fastattn_problem& p) {
   for (const KernelSet* const* at = kKernelSets; *at != nullptr; ++at) {
     const KernelSet& set = **at;
     if (set.dtype != p.dtype || set.dim < dim || !serves(set.features, needed)) continue;
-    if (best == nullptr || set.dim < best->dim || (set.dim == best->dim && set.features < best->features)) best = &set;
+    if (best == nullptr || set.dim < best->dim || (set.dim == best->dim && set.features < best->features))
+      best = &set;
   }
   if (best == nullptr)
-    fail(FASTATTN_UNSUPPORTED, "this library was built without kernels for dtype %d, head dimension %d, features %#x.",
-         p.dtype, dim, needed);
+    fail(FASTATTN_UNSUPPORTED,
+         "this library was built without kernels for dtype %d, head dimension %d, features %#x.", p.dtype,
+         dim, needed);
   return best;
 }
 
@@ -113,9 +120,12 @@ extern "C" fastattn_status fastattn_cuda_device(int32_t device, int32_t* capabil
   if (capability == nullptr || num_sms == nullptr)
     return fail(FASTATTN_INVALID_ARGUMENT, "capability or num_sms is a null pointer.");
   int major = 0, minor = 0, sms = 0;
-  CHECK(check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "asking for the device"));
-  CHECK(check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "asking for the device"));
-  CHECK(check_cuda(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), "asking for the device"));
+  CHECK(check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+                   "asking for the device"));
+  CHECK(check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
+                   "asking for the device"));
+  CHECK(check_cuda(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device),
+                   "asking for the device"));
   *capability = 10 * major + minor, *num_sms = sms;
   return FASTATTN_OK;
 }
@@ -144,8 +154,8 @@ extern "C" fastattn_status fastattn_cuda_forward_workspace(const fastattn_proble
   return FASTATTN_OK;
 }
 
-extern "C" fastattn_status fastattn_cuda_backward_workspace(const fastattn_problem* p, const fastattn_backward_io* io,
-                                                            int64_t* bytes) {
+extern "C" fastattn_status fastattn_cuda_backward_workspace(const fastattn_problem* p,
+                                                            const fastattn_backward_io* io, int64_t* bytes) {
   CHECK(validate_backward(p, io));
   if (bytes == nullptr) return fail(FASTATTN_INVALID_ARGUMENT, "bytes is a null pointer.");
   const KernelSet* set = find_kernels(*p);
@@ -194,7 +204,8 @@ extern "C" fastattn_status fastattn_cuda_backward(const fastattn_problem* p, con
 
   const cudaStream_t stream = static_cast<cudaStream_t>(launch->stream);
   CHECK(run_copies(plan, p->dtype, stream));
-  // delta = sum(out * dout) reads dout where the caller has it: rows of a copy may be padded, but are the same.
+  // delta = sum(out * dout) reads dout where the caller has it: rows of a copy may be padded, but are the
+  // same.
   CHECK(check_cuda(launch_row_statistics(x, p->dtype, stream), "launching the row statistics"));
 
   const auto key_blocks = [&](const Kernel& kernel) {

@@ -5,8 +5,8 @@
 
 namespace fastattn {
 
-// Lengths stay below kMaxLength, and kUnlimited stands for an unlimited side of the window, so that sums of three of
-// them fit 32 bits.
+// Lengths stay below kMaxLength, and kUnlimited stands for an unlimited side of the window, so that sums of
+// three of them fit 32 bits.
 constexpr int kMaxLength = 1 << 28;
 constexpr int kUnlimited = 1 << 29;
 constexpr float kLog2E = 1.4426950408889634f;
@@ -30,8 +30,8 @@ struct BiasArg {
   int64_t stride_b, stride_h, stride_q, stride_k;
 };
 
-// What backward needs of a query row, side by side for one 8-byte load: the base-2 log-sum-exp (+inf for a row that
-// sees no key, so that every weight is exp2(-inf) = 0) and delta = sum(out * dout) - dlse.
+// What backward needs of a query row, side by side for one 8-byte load: the base-2 log-sum-exp (+inf for a
+// row that sees no key, so that every weight is exp2(-inf) = 0) and delta = sum(out * dout) - dlse.
 struct RowStatistics {
   float lse2;
   float delta;
@@ -43,7 +43,8 @@ struct Params {
   RowStatistics* rows;  // workspace of backward: rows_stride_b, rows_stride_h
   int64_t rows_stride_b, rows_stride_h;
 
-  // Workspace of a forward pass split over keys: (split, batch, head, query) rows of head_dim_v floats, and their lse.
+  // Workspace of a forward pass split over keys: (split, batch, head, query) rows of head_dim_v floats, and
+  // their lse.
   int32_t splits;
   float* partial_out;
   float* partial_lse;
@@ -84,7 +85,8 @@ struct Params {
   int32_t diagonal_tile;
 };
 
-// A kernel and the shape of its launch. Kernels of one instantiation are listed in a KernelSet (instance.cu.in).
+// A kernel and the shape of its launch. Kernels of one instantiation are listed in a KernelSet
+// (instance.cu.in).
 struct Kernel {
   void (*function)(Params);
   int threads;

@@ -13,13 +13,13 @@ bool packed(const fastattn_problem& p) { return p.cu_seqlens_q != nullptr; }
 TensorArg tensor_arg(const fastattn_problem& p, const fastattn_tensor& t, int64_t dim) {
   const int64_t chunk = 16 / element_bytes(p.dtype);
   TensorArg x{t.data, packed(p) ? 0 : t.stride_b, t.stride_h, int32_t(t.stride_n), false};
-  x.aligned = reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && x.stride_b % chunk == 0 && x.stride_h % chunk == 0 &&
-              x.stride_n % chunk == 0 && dim % chunk == 0;
+  x.aligned = reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && x.stride_b % chunk == 0 &&
+              x.stride_h % chunk == 0 && x.stride_n % chunk == 0 && dim % chunk == 0;
   return x;
 }
 
-void align(Plan& plan, const fastattn_problem& p, TensorArg& x, int64_t heads, bool queries, int64_t dim, int64_t padded,
-           Workspace& workspace) {
+void align(Plan& plan, const fastattn_problem& p, TensorArg& x, int64_t heads, bool queries, int64_t dim,
+           int64_t padded, Workspace& workspace) {
   if (x.aligned || x.data == nullptr) return;
   const int64_t batch = packed(p) ? 1 : p.batch;
   const int64_t rows = packed(p) ? (queries ? p.total_q : p.total_k) : (queries ? p.seqlen_q : p.seqlen_k);
@@ -69,7 +69,8 @@ Plan plan_problem(const fastattn_problem& p, Workspace& workspace) {
 
 }  // namespace
 
-Plan plan_forward(const fastattn_problem& p, const fastattn_forward_result* r, int num_splits, Workspace& workspace) {
+Plan plan_forward(const fastattn_problem& p, const fastattn_forward_result* r, int num_splits,
+                  Workspace& workspace) {
   Plan plan = plan_problem(p, workspace);
   Params& x = plan.params;
   x.splits = num_splits;
@@ -84,7 +85,8 @@ Plan plan_forward(const fastattn_problem& p, const fastattn_forward_result* r, i
   return plan;
 }
 
-Plan plan_backward(const fastattn_problem& p, const fastattn_backward_io& io, int diagonal_tile, Workspace& workspace) {
+Plan plan_backward(const fastattn_problem& p, const fastattn_backward_io& io, int diagonal_tile,
+                   Workspace& workspace) {
   Plan plan = plan_problem(p, workspace);
   Params& x = plan.params;
   x.out = tensor_arg(p, io.out, p.head_dim_v);
@@ -107,7 +109,8 @@ Plan plan_backward(const fastattn_problem& p, const fastattn_backward_io& io, in
   if (io.drelative_bias != nullptr) {
     x.drelative_bias = io.drelative_bias, x.drelative_bias_stride_h = io.drelative_bias_stride_h;
     x.diagonal_tile = diagonal_tile;
-    const int64_t q_tiles = ceil_div64(p.seqlen_q, diagonal_tile), k_tiles = ceil_div64(p.seqlen_k, diagonal_tile);
+    const int64_t q_tiles = ceil_div64(p.seqlen_q, diagonal_tile),
+                  k_tiles = ceil_div64(p.seqlen_k, diagonal_tile);
     x.diagonals = q_tiles > 0 && k_tiles > 0 ? int(q_tiles + k_tiles - 1) : 0;
     x.drelative_partial =
         static_cast<float*>(workspace.take(p.num_heads * x.diagonals * int64_t(2) * diagonal_tile * 4));

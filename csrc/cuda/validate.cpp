@@ -16,7 +16,8 @@ thread_local char last_error[256] = "no error";
 fastattn_status check_tensor(const char* name, const fastattn_tensor& t, bool empty) {
   REQUIRE(empty || t.data != nullptr, "%s is a null pointer.", name);
   if (t.stride_n > INT32_MAX || t.stride_n < INT32_MIN)
-    return fail(FASTATTN_UNSUPPORTED, "stride_n of %s is %lld; it must be below 2^31.", name, (long long)t.stride_n);
+    return fail(FASTATTN_UNSUPPORTED, "stride_n of %s is %lld; it must be below 2^31.", name,
+                (long long)t.stride_n);
   return FASTATTN_OK;
 }
 
@@ -36,14 +37,16 @@ fastattn_status fail(fastattn_status status, const char* format, ...) {
 
 fastattn_status check_cuda(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return FASTATTN_OK;
-  return fail(FASTATTN_DEVICE_ERROR, "%s: %s (%s).", what, cudaGetErrorString(error), cudaGetErrorName(error));
+  return fail(FASTATTN_DEVICE_ERROR, "%s: %s (%s).", what, cudaGetErrorString(error),
+              cudaGetErrorName(error));
 }
 
 fastattn_status validate_problem(const fastattn_problem* p) {
   REQUIRE(p != nullptr, "problem is a null pointer.");
   REQUIRE(p->struct_size == sizeof(*p), "problem.struct_size is %u; this library's problem has %zu bytes.",
           p->struct_size, sizeof(*p));
-  REQUIRE(p->dtype >= FASTATTN_F32 && p->dtype <= FASTATTN_BF16, "dtype is %d; it must be 0, 1 or 2.", p->dtype);
+  REQUIRE(p->dtype >= FASTATTN_F32 && p->dtype <= FASTATTN_BF16, "dtype is %d; it must be 0, 1 or 2.",
+          p->dtype);
   const struct {
     const char* name;
     int64_t value, least, most;
@@ -69,15 +72,15 @@ fastattn_status validate_problem(const fastattn_problem* p) {
   REQUIRE(isfinite(p->softmax_scale), "softmax_scale is not finite.");
   REQUIRE(isfinite(p->softcap) && p->softcap >= 0.0f, "softcap is %g; it must be finite and not negative.",
           (double)p->softcap);
-  REQUIRE(p->dropout_p >= 0.0f && p->dropout_p < 1.0f, "dropout_p is %g; it must be at least 0 and less than 1.",
-          (double)p->dropout_p);
+  REQUIRE(p->dropout_p >= 0.0f && p->dropout_p < 1.0f,
+          "dropout_p is %g; it must be at least 0 and less than 1.", (double)p->dropout_p);
   REQUIRE((p->cu_seqlens_q == nullptr) == (p->cu_seqlens_k == nullptr),
           "cu_seqlens_q and cu_seqlens_k must be given both or neither.");
   REQUIRE(p->cu_seqlens_q == nullptr || p->key_mask == nullptr,
           "key_mask belongs to the padded layout; the packed one has no padding.");
   if (p->bias.data != nullptr && p->bias_dtype != FASTATTN_F32 && p->bias_dtype != p->dtype)
-    return fail(FASTATTN_UNSUPPORTED, "bias_dtype is %d; it must be 0 (fp32) or that of q, %d.", p->bias_dtype,
-                p->dtype);
+    return fail(FASTATTN_UNSUPPORTED, "bias_dtype is %d; it must be 0 (fp32) or that of q, %d.",
+                p->bias_dtype, p->dtype);
   const bool no_keys = p->cu_seqlens_q != nullptr ? p->total_k == 0 : p->batch == 0 || p->seqlen_k == 0;
   fastattn_status status = check_tensor("q", p->q, no_queries(*p));
   if (status == FASTATTN_OK) status = check_tensor("k", p->k, no_keys);
@@ -97,8 +100,8 @@ fastattn_status validate_forward(const fastattn_problem* p, const fastattn_forwa
 fastattn_status validate_backward(const fastattn_problem* p, const fastattn_backward_io* io) {
   if (const fastattn_status status = validate_problem(p); status != FASTATTN_OK) return status;
   REQUIRE(io != nullptr, "io is a null pointer.");
-  REQUIRE(io->struct_size == sizeof(*io), "io.struct_size is %u; this library's io has %zu bytes.", io->struct_size,
-          sizeof(*io));
+  REQUIRE(io->struct_size == sizeof(*io), "io.struct_size is %u; this library's io has %zu bytes.",
+          io->struct_size, sizeof(*io));
   REQUIRE(io->reserved0 == 0, "io.reserved0 is %u; it must be 0.", io->reserved0);
   REQUIRE(no_queries(*p) || io->lse != nullptr, "lse is a null pointer; backward needs forward's lse.");
   REQUIRE(io->dbias.data == nullptr || p->bias.data != nullptr, "dbias is wanted, but there is no bias.");
@@ -108,8 +111,10 @@ fastattn_status validate_backward(const fastattn_problem* p, const fastattn_back
     const char* name;
     const fastattn_tensor& tensor;
     bool may_be_null;
-  } tensors[] = {{"out", io->out, no_queries(*p)}, {"dout", io->dout, no_queries(*p)},
-                 {"dq", io->dq, true},             {"dk", io->dk, true},
+  } tensors[] = {{"out", io->out, no_queries(*p)},
+                 {"dout", io->dout, no_queries(*p)},
+                 {"dq", io->dq, true},
+                 {"dk", io->dk, true},
                  {"dv", io->dv, true}};
   for (const auto& t : tensors)
     if (const fastattn_status status = check_tensor(t.name, t.tensor, t.may_be_null); status != FASTATTN_OK)

@@ -1,7 +1,7 @@
-// Keeps NaN and infinity in masked-out values from reaching the rows that do not see them. The matrix instruction makes NaN
-// of a zero weight times such a value. So when a result is not finite, the block runs once more, and each step first
-// replaces the offending elements of the summed tile by zeros and notes their place; afterwards the rows that see
-// one become NaN. The plain pass pays for none of this.
+// Keeps NaN and infinity in masked-out values from reaching the rows that do not see them. The matrix
+// instruction makes NaN of a zero weight times such a value. So when a result is not finite, the block runs
+// once more, and each step first replaces the offending elements of the summed tile by zeros and notes their
+// place; afterwards the rows that see one become NaN. The plain pass pays for none of this.
 #pragma once
 
 #include "mask.h"
@@ -14,7 +14,8 @@ struct Cleaner {
   static constexpr int kWords = (Tile::kRows + 31) / 32;
   static constexpr int kBytes = Tile::kCols * kWords * 4;
 
-  // Bit r of notes[column] says that row r of the column was not finite and is now 0. Each thread takes columns.
+  // Bit r of notes[column] says that row r of the column was not finite and is now 0. Each thread takes
+  // columns.
   template <int kThreads>
   __device__ __forceinline__ static void clean(uint32_t tile, uint32_t* notes) {
     using T = typename Tile::T;
@@ -41,7 +42,8 @@ struct Cleaner {
     }
   }
 
-  // acc[m][n] of queries row + 16 m (as the lane has them): NaN where a noted key, of those `keys` lets through, is seen.
+  // acc[m][n] of queries row + 16 m (as the lane has them): NaN where a noted key, of those `keys` lets
+  // through, is seen.
   template <int kM, int kTiles>
   __device__ __forceinline__ static void spoil(float (&acc)[kM][kTiles][4], const uint32_t* notes,
                                                const KeyBits<Tile::kRows>& keys, const Band& band, int row,
@@ -55,7 +57,8 @@ struct Cleaner {
         for (int word = 0; word < kWords; ++word) {
           // The keys of this word that query i sees: bits from .. to - 1.
           const int first = first_key + 32 * word;
-          const int from = max(0, min(32, i + band.low - first)), to = max(0, min(32, i + band.high + 1 - first));
+          const int from = max(0, min(32, i + band.low - first)),
+                    to = max(0, min(32, i + band.high + 1 - first));
           const uint32_t seen = keys.words[word] & low_bits(to) & ~low_bits(from);
 #pragma unroll
           for (int n = 0; n < kTiles; ++n)

@@ -8,15 +8,15 @@ namespace fastattn {
 // A matrix in global memory as one (sequence, head) sees it.
 template <typename T>
 struct Matrix {
-  T* data;         // row 0
-  int stride;      // elements from row to row
+  T* data;     // row 0
+  int stride;  // elements from row to row
   int rows;
   int cols;
   bool aligned;  // every row starts on a 16-byte boundary
 };
 
-// Rows row0 .. row0 + kRows - 1 into a tile, with zeros beyond the matrix: one cp.async of 16 bytes a chunk. The matrix is
-// aligned (pack.h has seen to that) and its columns are a whole number of chunks.
+// Rows row0 .. row0 + kRows - 1 into a tile, with zeros beyond the matrix: one cp.async of 16 bytes a chunk.
+// The matrix is aligned (pack.h has seen to that) and its columns are a whole number of chunks.
 template <typename Tile, int kThreads, typename T>
 __device__ __forceinline__ void load_tile(uint32_t tile, const Matrix<T>& m, int row0) {
   constexpr int kLanes = Tile::kPeriod;  // neighbouring threads that share a row
@@ -32,14 +32,15 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const Matrix<T>& m, int
 #pragma unroll
     for (int chunk = 0; chunk < Tile::kChunks; chunk += kLanes) {
       const bool inside = row_inside && (c + chunk) * Tile::kElementsPerChunk < m.cols;
-      ptx::cp_async_16(target + row * Tile::kRowBytes + chunk * 16, source + chunk * Tile::kElementsPerChunk, inside);
+      ptx::cp_async_16(target + row * Tile::kRowBytes + chunk * 16, source + chunk * Tile::kElementsPerChunk,
+                       inside);
     }
     source += kRowsPerPass * m.stride;
   }
 }
 
-// The 16 x (8 kTiles) accumulators of one warp, times `scale` a row, rounded to T, to rows row .. row + 15 of a
-// shared tile.
+// The 16 x (8 kTiles) accumulators of one warp, times `scale` a row, rounded to T, to rows row .. row + 15 of
+// a shared tile.
 template <typename Tile, int kTiles>
 __device__ __forceinline__ void store_accumulators(uint32_t tile, int row, const float (&acc)[kTiles][4],
                                                    float scale_upper, float scale_lower) {
@@ -54,7 +55,8 @@ __device__ __forceinline__ void store_accumulators(uint32_t tile, int row, const
       ptx::store_shared_32(tile + Tile::offset(row + g + 8, n) + t * 4, Element<T>::pack(c, d));
     } else {
       const int chunk = 2 * n + t / 2, byte = t % 2 * 8;
-      ptx::store_shared_64(tile + Tile::offset(row + g, chunk) + byte, __float_as_uint(a), __float_as_uint(b));
+      ptx::store_shared_64(tile + Tile::offset(row + g, chunk) + byte, __float_as_uint(a),
+                           __float_as_uint(b));
       ptx::store_shared_64(tile + Tile::offset(row + g + 8, chunk) + byte, __float_as_uint(c),
                            __float_as_uint(d));
     }

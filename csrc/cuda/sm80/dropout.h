@@ -21,10 +21,11 @@ struct DropoutStream {
   }
 };
 
-// Calls visit(tile, element, keep) for every element of a warp's 16 x (8 kTiles) scores, whose first row is query `row`
-// (as lane 0 sees it: pass row + lane / 4) and whose first key is a multiple of 8 kTiles.
+// Calls visit(tile, element, keep) for every element of a warp's 16 x (8 kTiles) scores, whose first row is
+// query `row` (as lane 0 sees it: pass row + lane / 4) and whose first key is a multiple of 8 kTiles.
 template <int kTiles, typename Visit>
-__device__ __forceinline__ void visit_dropout(const DropoutStream& stream, int row, int first_key, Visit visit) {
+__device__ __forceinline__ void visit_dropout(const DropoutStream& stream, int row, int first_key,
+                                              Visit visit) {
   constexpr int kKeys = 8 * kTiles;
   static_assert(kDropoutBlock % kKeys == 0 && kTiles % 2 == 0);
   const int first_slot = first_key / kDropoutLanes % kDropoutSlots;
@@ -48,8 +49,9 @@ __device__ __forceinline__ void visit_dropout(const DropoutStream& stream, int r
   }
 }
 
-// Backward by key tiles holds scores transposed, where one draw would serve a single element. So the block draws for
-// kQueries queries and the 128 keys around its own at once: a byte for each query and lane, a bit for each slot.
+// Backward by key tiles holds scores transposed, where one draw would serve a single element. So the block
+// draws for kQueries queries and the 128 keys around its own at once: a byte for each query and lane, a bit
+// for each slot.
 template <int kQueries>
 struct KeepBytes {
   static constexpr int kStride = kQueries + 8;  // spreads the 16 rows over the banks

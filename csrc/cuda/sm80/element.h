@@ -68,8 +68,8 @@ struct Element<float> {
   }
 };
 
-// Accumulator tiles -> left operand, for the product that follows. Within an accumulator tile of 16 x 8, lane l
-// holds columns 2 (l % 4) and 2 (l % 4) + 1 of rows l / 4 and l / 4 + 8. For 16-bit types two neighbouring
+// Accumulator tiles -> left operand, for the product that follows. Within an accumulator tile of 16 x 8, lane
+// l holds columns 2 (l % 4) and 2 (l % 4) + 1 of rows l / 4 and l / 4 + 8. For 16-bit types two neighbouring
 // tiles are one operand. For fp32 the operand wants columns l % 4 and l % 4 + 4; since the order of summation
 // is free, column 2t stands at place t and 2t + 1 at place t + 4, and load_transposed (tile.h) reads the
 // other matrix's rows in the same order.

@@ -30,8 +30,8 @@ __global__ void __launch_bounds__(ForwardShape<T, kDim, V>::kTile.threads())
   constexpr int kM = Shape::kTile.m, kBlockQ = Shape::kTile.block_q(), kBlockK = Shape::kTile.block_k;
   constexpr int kThreads = Shape::kTile.threads(), kKeyTiles = kBlockK / 8, kValueTiles = kDim / 8;
   using CleanV = Cleaner<KTile>;
-  using QOperand = std::conditional_t<Shape::kTile.q_in_registers, RegisterOperand<QTile, kM>,
-                                      SharedOperand<QTile, kM>>;
+  using QOperand =
+      std::conditional_t<Shape::kTile.q_in_registers, RegisterOperand<QTile, kM>, SharedOperand<QTile, kM>>;
 
   extern __shared__ __align__(128) uint8_t shared[];
   const uint32_t q_tile = ptx::shared_address(shared), stages = q_tile + QTile::kBytes;
@@ -107,12 +107,14 @@ __global__ void __launch_bounds__(ForwardShape<T, kDim, V>::kTile.threads())
         const DropoutStream stream(p, head, s.batch);
 #pragma unroll
         for (int m = 0; m < kM; ++m)
-          visit_dropout<kKeyTiles>(stream, row + 16 * m, first_k,
-                                   [&](int n, int e, bool keep) { scores[m][n][e] = keep ? scores[m][n][e] : 0.0f; });
+          visit_dropout<kKeyTiles>(stream, row + 16 * m, first_k, [&](int n, int e, bool keep) {
+            scores[m][n][e] = keep ? scores[m][n][e] : 0.0f;
+          });
       }
     }
     multiply_sum<KTile>(out, scores, v_tile(stage));
-    if constexpr (careful.value) CleanV::spoil(out, notes, KeyBits<kBlockK>(p, s, first_k), band, row, first_k);
+    if constexpr (careful.value)
+      CleanV::spoil(out, notes, KeyBits<kBlockK>(p, s, first_k), band, row, first_k);
   };
 
   const std::true_type yes;

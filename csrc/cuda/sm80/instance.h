@@ -13,7 +13,8 @@ KernelSet kernel_set(int dtype) {
   using V = Variant<kFeatures>;
   KernelSet set{dtype, kDim, kFeatures, {}, {}, {}, {}, {}, {}};
   using F = ForwardShape<T, kDim, V>;
-  set.forward = {forward<T, kDim, V>, F::kTile.threads(), F::kSharedBytes, F::kTile.block_q(), F::kTile.block_k};
+  set.forward = {forward<T, kDim, V>, F::kTile.threads(), F::kSharedBytes, F::kTile.block_q(),
+                 F::kTile.block_k};
   using K = KeyGradientShape<T, kDim>;
   const Kernel keys = {nullptr, K::kTile.threads(), K::kSharedBytes, K::kTile.block_q, K::kTile.block_k()};
   if constexpr (K::kTile.both) {
@@ -25,7 +26,8 @@ KernelSet kernel_set(int dtype) {
     set.dv.function = key_gradient<T, kDim, V, false, true>;
   }
   using Q = QueryGradientShape<T, kDim>;
-  set.dq = {query_gradient<T, kDim, V>, Q::kTile.threads(), Q::kSharedBytes, Q::kTile.block_q(), Q::kTile.block_k};
+  set.dq = {query_gradient<T, kDim, V>, Q::kTile.threads(), Q::kSharedBytes, Q::kTile.block_q(),
+            Q::kTile.block_k};
   // No room for four tiles of 32 rows at fp32 and 256: that gradient is refused (launch.cu).
   if constexpr (V::kPosition && sizeof(T) * kDim <= 512) {
     using S = ScoreGradientShape<T, kDim>;

@@ -1,8 +1,8 @@
-// Gradients of keys and values: a block owns a tile of keys of one kv head and steps through the queries, of all query
-// heads of its group, that see them. It alone writes its rows, so the result is deterministic.
+// Gradients of keys and values: a block owns a tile of keys of one kv head and steps through the queries, of
+// all query heads of its group, that see them. It alone writes its rows, so the result is deterministic.
 //
-// Scores are computed transposed, keys x queries: weights and score gradients then already lie in registers as the left
-// operands of dv += weights * dout and dk += dscores * q.
+// Scores are computed transposed, keys x queries: weights and score gradients then already lie in registers
+// as the left operands of dv += weights * dout and dk += dscores * q.
 #pragma once
 
 #include "dropout.h"
@@ -74,7 +74,8 @@ __global__ void __launch_bounds__(KeyGradientShape<T, kDim>::kTile.threads())
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int j = key + 8 * half;
-    visible[half] = j < s.len_k && (p.key_mask == nullptr || p.key_mask[s.batch * p.key_mask_stride_b + j] != 0);
+    visible[half] =
+        j < s.len_k && (p.key_mask == nullptr || p.key_mask[s.batch * p.key_mask_stride_b + j] != 0);
   }
   const bool all_visible = __syncthreads_and(visible[0] && visible[1]);
   const HeadWalk walk{walk_queries<kBlockQ>(s, band, first_k, kBlockK, all_visible), p.group};
@@ -84,7 +85,8 @@ __global__ void __launch_bounds__(KeyGradientShape<T, kDim>::kTile.threads())
     walk.at(step, h, tile);
     const int head = kv_head * p.group + h, first_q = tile * kBlockQ;
     load_tile<QTile, kThreads>(q_tile(stage), query_matrix<const T>(p.q, s, head, p.load_dim), first_q);
-    load_tile<QTile, kThreads>(dout_tile(stage), query_matrix<const T>(p.dout, s, head, p.load_dim_v), first_q);
+    load_tile<QTile, kThreads>(dout_tile(stage), query_matrix<const T>(p.dout, s, head, p.load_dim_v),
+                               first_q);
     if (threadIdx.x < kBlockQ) {
       const int i = first_q + threadIdx.x;
       ptx::cp_async_8(q_tile(stage) + Shape::kRowsOffset + threadIdx.x * int(sizeof(RowStatistics)),
@@ -120,7 +122,8 @@ __global__ void __launch_bounds__(KeyGradientShape<T, kDim>::kTile.threads())
 #pragma unroll
     for (int n = 0; n < kQueryTiles; ++n) {
       const int query = 8 * n + lane % 4 * 2;  // this lane's queries: this one and query + 1
-      const uint4 rows = ptx::load_shared_128(q_tile(stage) + Shape::kRowsOffset + query * int(sizeof(RowStatistics)));
+      const uint4 rows =
+          ptx::load_shared_128(q_tile(stage) + Shape::kRowsOffset + query * int(sizeof(RowStatistics)));
       const float lse2[2] = {__uint_as_float(rows.x), __uint_as_float(rows.z)};
       const float delta[2] = {__uint_as_float(rows.y), __uint_as_float(rows.w)};
 #pragma unroll
@@ -128,7 +131,8 @@ __global__ void __launch_bounds__(KeyGradientShape<T, kDim>::kTile.threads())
         uint32_t kept = 0x0101;
         if constexpr (V::kDropout) {
           if (p.dropout_threshold > 0)
-            kept = Keep::pair(keep, query, lane / 4 + 8 * half, (first_k + warp_row) / kDropoutLanes % kDropoutSlots);
+            kept = Keep::pair(keep, query, lane / 4 + 8 * half,
+                              (first_k + warp_row) / kDropoutLanes % kDropoutSlots);
         }
 #pragma unroll
         for (int e = 0; e < 2; ++e) {

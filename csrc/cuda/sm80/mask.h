@@ -35,8 +35,8 @@ struct TileWalk {
     full_end = max(full_begin, min(full_end, last));
   }
 
-  // [visible_first, visible_last] holds every visible element of the other axis, [full_first, full_last] those visible to
-  // all of the block's own.
+  // [visible_first, visible_last] holds every visible element of the other axis, [full_first, full_last]
+  // those visible to all of the block's own.
   template <int kTile>
   __device__ __forceinline__ void set(int visible_first, int visible_last, int full_first, int full_last) {
     begin = max(0, visible_first) / kTile;
@@ -59,8 +59,8 @@ __device__ __forceinline__ TileWalk walk_keys(const Params& p, const Sequence& s
   return walk;
 }
 
-// Query tiles that keys [first, first + rows) step through. A key mask concerns the block's own rows: the caller knows
-// whether all are visible.
+// Query tiles that keys [first, first + rows) step through. A key mask concerns the block's own rows: the
+// caller knows whether all are visible.
 template <int kTile>
 __device__ __forceinline__ TileWalk walk_queries(const Sequence& s, const Band& band, int first, int rows,
                                                  bool all_keys_visible) {
@@ -72,8 +72,8 @@ __device__ __forceinline__ TileWalk walk_queries(const Sequence& s, const Band& 
   return walk;
 }
 
-// One bit for each of kKeys keys from `first` on: it exists and the key mask lets it through. All lanes of a warp hold
-// all bits.
+// One bit for each of kKeys keys from `first` on: it exists and the key mask lets it through. All lanes of a
+// warp hold all bits.
 template <int kKeys>
 struct KeyBits {
   static constexpr int kWords = (kKeys + 31) / 32;

@@ -1,7 +1,7 @@
 // Warp-level matrix products: accumulators += left * right. The warp owns 16 kM rows of the result.
 //
-// A left operand lives in registers (RegisterOperand, loaded once) or in shared memory (SharedOperand, loaded in
-// every product where registers are short); both answer load(step).
+// A left operand lives in registers (RegisterOperand, loaded once) or in shared memory (SharedOperand, loaded
+// in every product where registers are short); both answer load(step).
 #pragma once
 
 #include "tile.h"

@@ -1,5 +1,6 @@
-// Tiles arrive in shared memory while earlier ones are used. With two stages the copy of step n + 1 is under way during
-// step n, and one barrier a step both publishes the tiles of n and frees those of n - 1. One stage loads and waits.
+// Tiles arrive in shared memory while earlier ones are used. With two stages the copy of step n + 1 is under
+// way during step n, and one barrier a step both publishes the tiles of n and frees those of n - 1. One stage
+// loads and waits.
 #pragma once
 
 #include "ptx.h"

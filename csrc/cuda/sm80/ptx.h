@@ -11,8 +11,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Data Movement, Non-bulk copy: cp.async with the ignore-src operand. Copies 16 bytes, or writes 16 zero bytes when
-// not `inside`; .cg bypasses L1.
+// Data Movement, Non-bulk copy: cp.async with the ignore-src operand. Copies 16 bytes, or writes 16 zero
+// bytes when not `inside`; .cg bypasses L1.
 __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, bool inside) {
   asm volatile(
       "{\n"

@@ -1,4 +1,5 @@
-// Gradient of queries: a block owns a tile of queries of one head and steps through the keys they see, as forward does.
+// Gradient of queries: a block owns a tile of queries of one head and steps through the keys they see, as
+// forward does.
 #pragma once
 
 #include "careful.h"
@@ -26,12 +27,12 @@ struct ScoreGradient {
     }
   }
 
-  // scores (q * k) and dweights (dout * v) of keys first_k on; dweights becomes the gradient of the scores before
-  // softcap. With kMasked, elements outside the band or of keys not in `keys` give 0.
+  // scores (q * k) and dweights (dout * v) of keys first_k on; dweights becomes the gradient of the scores
+  // before softcap. With kMasked, elements outside the band or of keys not in `keys` give 0.
   template <bool kMasked, int kTiles>
   __device__ __forceinline__ void apply(const Params& p, const Sequence& s, int head, const Band& band,
-                                        const float (&scores)[kTiles][4], float (&dweights)[kTiles][4], int first_k,
-                                        bool with_derivative = true) const {
+                                        const float (&scores)[kTiles][4], float (&dweights)[kTiles][4],
+                                        int first_k, bool with_derivative = true) const {
     const ScoreTransform<T, V> transform(p, s, head);
     const int lane = threadIdx.x % 32;
     if constexpr (V::kDropout) {
@@ -70,7 +71,7 @@ struct QueryGradientShape {
   using QTile = Tile<T, kTile.block_q(), kDim>;
   using KTile = Tile<T, kTile.block_k, kDim>;
   static constexpr int kStageBytes = 2 * KTile::kBytes;
-  static constexpr int kNotesOffset = 2 * QTile::kBytes + 2 * kStageBytes;
+  static constexpr int kNotesOffset = 2 * QTile::kBytes + kTile.stages * kStageBytes;
   static constexpr int kSharedBytes = kNotesOffset + Cleaner<KTile>::kBytes;
   static_assert(kSharedBytes <= kSharedLimit);
 };
@@ -82,6 +83,7 @@ __global__ void __launch_bounds__(QueryGradientShape<T, kDim>::kTile.threads())
   using QTile = typename Shape::QTile;
   using KTile = typename Shape::KTile;
   using CleanK = Cleaner<KTile>;
+  using Steps = Pipeline<Shape::kTile.stages>;
   constexpr int kBlockQ = Shape::kTile.block_q(), kBlockK = Shape::kTile.block_k;
   constexpr int kThreads = Shape::kTile.threads(), kKeyTiles = kBlockK / 8, kOutTiles = kDim / 8;
   using QOperand =
@@ -115,7 +117,7 @@ __global__ void __launch_bounds__(QueryGradientShape<T, kDim>::kTile.threads())
   float dq[1][kOutTiles][4];
 
   const auto step_over = [&](int step, auto masked, auto careful) {
-    const int stage = Pipeline<2>::begin(step, walk.count(), load);
+    const int stage = Steps::begin(step, walk.count(), load);
     const int first_k = walk.at(step) * kBlockK;
     float scores[1][kKeyTiles][4], dscores[1][kKeyTiles][4];
     clear(scores);
@@ -129,7 +131,8 @@ __global__ void __launch_bounds__(QueryGradientShape<T, kDim>::kTile.threads())
       __syncthreads();
     }
     multiply_sum<KTile>(dq, dscores, k_tile(stage));
-    if constexpr (careful.value) CleanK::spoil(dq, notes, KeyBits<kBlockK>(p, s, first_k), band, row, first_k);
+    if constexpr (careful.value)
+      CleanK::spoil(dq, notes, KeyBits<kBlockK>(p, s, first_k), band, row, first_k);
   };
 
   const std::true_type yes;
@@ -137,7 +140,7 @@ __global__ void __launch_bounds__(QueryGradientShape<T, kDim>::kTile.threads())
   load_tile<QTile, kThreads>(q_tile, query_matrix<const T>(p.q, s, head, p.load_dim), first_q);
   load_tile<QTile, kThreads>(dout_tile, query_matrix<const T>(p.dout, s, head, p.load_dim_v), first_q);
   ptx::cp_async_commit();
-  Pipeline<2>::start(walk.count(), load);
+  Steps::start(walk.count(), load);
   gradient.init(p, s, head, row);
   ptx::cp_async_wait<1>();
   __syncthreads();
@@ -150,7 +153,7 @@ __global__ void __launch_bounds__(QueryGradientShape<T, kDim>::kTile.threads())
   if (__syncthreads_or(!all_finite(dq))) {
     // NaN or infinity among keys that are masked for some rows, perhaps: see careful.h.
     walk.mask_all();
-    Pipeline<2>::start(walk.count(), load);
+    Steps::start(walk.count(), load);
     clear(dq);
     for (step = 0; step < walk.count(); ++step) step_over(step, yes, yes);
   }

@@ -1,10 +1,11 @@
-// Gradients of what is added to the scores: bias, and relative_bias by diagonals. A block owns what its square tile of
-// score gradients is summed into, and goes through every tile that adds to it, so no two blocks write the same
-// number and the order of summation is fixed.
+// Gradients of what is added to the scores: bias, and relative_bias by diagonals. A block owns what its
+// square tile of score gradients is summed into, and goes through every tile that adds to it, so no two
+// blocks write the same number and the order of summation is fixed.
 //   bias:           a tile of (row, column), summed over the axes the bias is broadcast on;
-//   relative_bias:  a diagonal of tiles of one head, over all sequences. Every tile of it has the same 2 * tile - 1
-//                   diagonals, and each of these is shared with the neighbouring tile diagonal only: both leave
-//                   partial sums, and finish_relative_bias (auxiliary.cu) adds the two.
+//   relative_bias:  a diagonal of tiles of one head, over all sequences. Every tile of it has the same 2 *
+//   tile - 1
+//                   diagonals, and each of these is shared with the neighbouring tile diagonal only: both
+//                   leave partial sums, and finish_relative_bias (auxiliary.cu) adds the two.
 #pragma once
 
 #include "query_gradient.h"
@@ -27,7 +28,8 @@ struct ScoreSteps {
   int first_batch, batches, first_head, heads, first_q, first_k, tiles, width;
   bool diagonal;
 
-  __device__ __forceinline__ ScoreSteps(const Params& p, int side) : diagonal(p.drelative_partial != nullptr) {
+  __device__ __forceinline__ ScoreSteps(const Params& p, int side)
+      : diagonal(p.drelative_partial != nullptr) {
     const int q_tiles = ceil_div(p.len_q, side), k_tiles = ceil_div(p.len_k, side);
     int index = blockIdx.x;
     if (diagonal) {
@@ -114,7 +116,8 @@ __global__ void __launch_bounds__(ScoreGradientShape<T, kDim>::kThreads)
   __syncthreads();
 
   if (steps.diagonal) {
-    for (int d = threadIdx.x; d < 2 * kSide; d += kThreads) {  // column - row + side - 1; the last one is empty
+    for (int d = threadIdx.x; d < 2 * kSide;
+         d += kThreads) {  // column - row + side - 1; the last one is empty
       float sum = 0.0f;
       for (int row = max(0, kSide - 1 - d); row < min(kSide, 2 * kSide - 1 - d); ++row)
         sum += tile[row * Shape::kSumStride + row + d - (kSide - 1)];

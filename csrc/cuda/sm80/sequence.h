@@ -1,4 +1,5 @@
-// Where a (batch, head) lies in memory, in the padded and in the packed layout, and which keys its queries see.
+// Where a (batch, head) lies in memory, in the padded and in the packed layout, and which keys its queries
+// see.
 #pragma once
 
 #include "../params.h"
@@ -19,8 +20,8 @@ struct Sequence {
     }
   }
   // Offsets that reach outside the tensor are cut off at its end: a bad offset reads nothing foreign.
-  __device__ __forceinline__ static void extent(const int32_t* cu, int b, int64_t total, int longest, int64_t& first,
-                                                int& length) {
+  __device__ __forceinline__ static void extent(const int32_t* cu, int b, int64_t total, int longest,
+                                                int64_t& first, int& length) {
     first = max(int64_t(0), min(int64_t(cu[b]), total));
     length = int(max(int64_t(0), min(min(int64_t(cu[b + 1]), total) - first, int64_t(longest))));
   }
@@ -28,8 +29,8 @@ struct Sequence {
 
 // The queries' (or keys', ...) matrix of one head. Strides of the batch are 0 in the packed layout.
 template <typename T>
-__device__ __forceinline__ Matrix<T> matrix_of(const TensorArg& x, int batch, int head, int64_t first, int rows,
-                                               int cols) {
+__device__ __forceinline__ Matrix<T> matrix_of(const TensorArg& x, int batch, int head, int64_t first,
+                                               int rows, int cols) {
   T* data = static_cast<T*>(x.data) + batch * x.stride_b + head * x.stride_h + first * x.stride_n;
   return Matrix<T>{data, x.stride_n, rows, cols, x.aligned};
 }

@@ -15,11 +15,12 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-// kM tiles of 16 rows; a lane holds rows lane / 4 and lane / 4 + 8 of each. Scores times `scale` are base-2 exponents.
+// kM tiles of 16 rows; a lane holds rows lane / 4 and lane / 4 + 8 of each. Scores times `scale` are base-2
+// exponents.
 //
-// Weights are kept relative to a base near the running maximum. The base follows the maximum only when that is ahead by
-// more than kSlack: weights then stay below 2^kSlack, which no format here overflows at, and nearly all tiles skip both
-// the reduction over the quad and the rescaling of what was accumulated.
+// Weights are kept relative to a base near the running maximum. The base follows the maximum only when that
+// is ahead by more than kSlack: weights then stay below 2^kSlack, which no format here overflows at, and
+// nearly all tiles skip both the reduction over the quad and the rescaling of what was accumulated.
 template <int kM>
 struct OnlineSoftmax {
   static constexpr float kSlack = 8.0f;
@@ -46,7 +47,8 @@ struct OnlineSoftmax {
         highest[m][half] = fmaxf(scores[m][0][2 * half], scores[m][0][2 * half + 1]);
 #pragma unroll
         for (int n = 1; n < kKeyTiles; ++n)
-          highest[m][half] = fmaxf(highest[m][half], fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
+          highest[m][half] =
+              fmaxf(highest[m][half], fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
         ahead |= fmaf(highest[m][half], scale, -base[m][half]) > kSlack;  // -inf - -inf is NaN: not ahead
       }
     if (__any_sync(0xffffffffu, ahead)) move_base(highest, out, scale);
@@ -89,7 +91,8 @@ struct OnlineSoftmax {
         const float rescale = old == base[m][half] ? 1.0f : ptx::exp2(old - base[m][half]);
         sum[m][half] *= rescale;
 #pragma unroll
-        for (int n = 0; n < kValueTiles; ++n) out[m][n][2 * half] *= rescale, out[m][n][2 * half + 1] *= rescale;
+        for (int n = 0; n < kValueTiles; ++n)
+          out[m][n][2 * half] *= rescale, out[m][n][2 * half + 1] *= rescale;
       }
   }
 };

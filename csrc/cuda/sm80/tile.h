@@ -1,10 +1,10 @@
 // A matrix tile in shared memory and the operands it gives.
 //
-// Rows lie one after another, and the 16-byte chunks of a row are permuted by XOR with bits of the row number,
-// so that the eight rows that one ldmatrix phase reads (and the rows an accumulator is written to) fall into
-// eight different groups of four banks. Rows of a multiple of 128 bytes start in the same bank: three bits
-// of the row number spread them. Rows of 64 or 192 bytes start in alternate halves: two bits, from the
-// second lowest up, do.
+// Rows lie one after another, and the 16-byte chunks of a row are permuted by XOR with bits of the row
+// number, so that the eight rows that one ldmatrix phase reads (and the rows an accumulator is written to)
+// fall into eight different groups of four banks. Rows of a multiple of 128 bytes start in the same bank:
+// three bits of the row number spread them. Rows of 64 or 192 bytes start in alternate halves: two bits, from
+// the second lowest up, do.
 #pragma once
 
 #include "element.h"
@@ -60,7 +60,8 @@ struct Tile {
     if constexpr (sizeof(T) == 2) return left_address(tile, lane);
     return tile + offset(2 * (lane & 3), lane >> 4) + ((lane >> 2) & 3) * 4;
   }
-  __device__ __forceinline__ static void load_transposed(uint32_t (&b)[4], uint32_t address, int step, int pair) {
+  __device__ __forceinline__ static void load_transposed(uint32_t (&b)[4], uint32_t address, int step,
+                                                         int pair) {
     if constexpr (sizeof(T) == 2) {
       ptx::ldmatrix_x4_trans(b, along_row(address, pair) + step * 16 * kRowBytes);
     } else {

@@ -1,8 +1,8 @@
 // Tile sizes by element size and head dimension: pure functions, with the reason for each choice.
 //
-// Shared memory stays at or below 99 KiB, what a block may have on every architecture since sm_80 (sm_86, sm_89 and
-// sm_120 have no more), and registers below 255 a thread without spills. Everything is counted in bytes of a row,
-// so fp32 takes the tiles of 16-bit heads twice as wide.
+// Shared memory stays at or below 99 KiB, what a block may have on every architecture since sm_80 (sm_86,
+// sm_89 and sm_120 have no more), and registers below 255 a thread without spills. Everything is counted in
+// bytes of a row, so fp32 takes the tiles of 16-bit heads twice as wide.
 #pragma once
 
 #include <stdint.h>
@@ -15,8 +15,8 @@ constexpr int kSharedLimit = 99 * 1024;
 
 struct ForwardTile {
   int warps;
-  int m;            // tiles of 16 query rows a warp owns: 2 halves the shared loads where registers allow
-  int block_k;      // keys a step
+  int m;        // tiles of 16 query rows a warp owns: 2 halves the shared loads where registers allow
+  int block_k;  // keys a step
   bool q_in_registers;
   __host__ __device__ constexpr int block_q() const { return warps * m * 16; }
   __host__ __device__ constexpr int threads() const { return warps * 32; }
@@ -62,6 +62,7 @@ __host__ __device__ constexpr KeyGradientTile key_gradient_tile(int element_byte
 struct QueryGradientTile {
   int warps;
   int block_k;
+  int stages;
   bool q_in_registers;  // q and dout operands held in registers
   __host__ __device__ constexpr int block_q() const { return warps * 16; }
   __host__ __device__ constexpr int threads() const { return warps * 32; }
@@ -70,13 +71,13 @@ struct QueryGradientTile {
 __host__ __device__ constexpr QueryGradientTile query_gradient_tile(int element_bytes, int dim) {
   const int row = element_bytes * dim;
   if (element_bytes == 4) {
-    if (row <= 256) return {4, 32, false};
-    if (row <= 512) return {4, 16, false};
-    return {2, 16, false};
+    if (row <= 256) return {4, 32, 2, false};
+    if (row <= 512) return {4, 16, 2, false};
+    return {2, 16, 1, false};  // q, dout and one stage fill shared memory
   }
-  if (row <= 128) return {8, 64, true};
-  if (row <= 256) return {8, 32, true};
-  return {4, 16, false};
+  if (row <= 128) return {8, 64, 2, true};
+  if (row <= 256) return {8, 32, 2, true};
+  return {4, 16, 2, false};
 }
 
 // Gradients of what is added to scores: square tiles, one 16-row strip a warp.

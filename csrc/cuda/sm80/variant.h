@@ -1,6 +1,6 @@
-// What a variant of the kernels does to a score between the two products. A variant is a set of features fixed at compile
-// time. One that holds a single source of additive scores is only chosen when that is present; one that holds several
-// (the variant of everything) asks at run time which are.
+// What a variant of the kernels does to a score between the two products. A variant is a set of features
+// fixed at compile time. One that holds a single source of additive scores is only chosen when that is
+// present; one that holds several (the variant of everything) asks at run time which are.
 #pragma once
 
 #include "sequence.h"

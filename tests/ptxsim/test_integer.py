@@ -179,3 +179,10 @@ def test_setp_combines_and_gives_the_complement():
         return (a < b and free) + 2 * (not a < b and free)
 
     check(code, 32, reference)
+
+
+@pytest.mark.parametrize(("op", "choose"), [("min", np.minimum), ("max", np.maximum)])
+def test_minmax_relu(op, choose):
+    x, y = np.array([-5, -5, 3, 7], np.int32), np.array([-2, 4, -6, 9], np.int32)
+    got = elementwise(f"{op}.relu.s32 %0, %1, %2;", np.int32, x, y)
+    np.testing.assert_array_equal(got, np.maximum(choose(x, y), 0))

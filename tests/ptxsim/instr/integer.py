@@ -143,8 +143,14 @@ def minmax(machine, instr, mods, index):
         from .floating import minmax_float
 
         return minmax_float(machine, instr, mods, typ)
+    relu = typ == "s32" and mods.flag("relu")
     mods.done()
-    return ufunc(machine, instr, typ, np.minimum if instr.op == "min" else np.maximum, 2)
+    choose = np.minimum if instr.op == "min" else np.maximum
+    if relu:
+        d = machine.dst(instr.operands[0], typ, instr)
+        x, y = (machine.src(o, typ, instr) for o in instr.operands[1:])
+        return computed(machine, d, lambda: np.maximum(choose(x, y), 0))
+    return ufunc(machine, instr, typ, choose, 2)
 
 
 @handles("neg", "abs")

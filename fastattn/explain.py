@@ -38,7 +38,8 @@ class Explanation:
             [
                 dispatch.summary(self.problem),
                 f"  computed by {chosen}",
-                f"  forward {self.forward_flops / 1e9:.3f} GFLOP, backward {self.backward_flops / 1e9:.3f} GFLOP",
+                f"  forward {self.forward_flops / 1e9:.3f} GFLOP",
+                f"  backward {self.backward_flops / 1e9:.3f} GFLOP",
                 f"  saved for backward: {self.saved_bytes} bytes",
                 *(f"  not {name}: {reason}" for name, reason in self.refused.items()),
             ]

@@ -5,20 +5,21 @@ backward needs, and nothing when no gradient is wanted; the kernel layer describ
 results and lets a backend fill them. The fake kernels are the same with nobody filling.
 
 Twenty arguments cost the dispatcher several microseconds, more than a small problem's arithmetic. So
-`attend`, which
-the public functions call, enters at the layer it needs when nothing could be watching the dispatcher: no
-compiler, no transform, no mode, no autocast, no profiler, no subclass.
+`attend`, which the public functions call, enters at the layer it needs when nothing could be watching the
+dispatcher: no compiler, no transform, no mode, no autocast, no profiler, no subclass.
 """
 
 from __future__ import annotations
 
+import functools
+import warnings
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import dispatch
 from .backends import Gradients
-from .errors import InvalidArgumentError
+from .errors import InvalidArgumentError, UnsupportedError
 from .problem import AttentionInputs, AttentionOptions, AttentionProblem, describe, validate
 
 _TENSORS = (
@@ -192,49 +193,93 @@ class _Attention(torch.autograd.Function):
     """Saves what shapes the scores, out and lse; backward asks for the gradients wanted and no other.
 
     Only what can have a gradient is an argument of its own: every further one costs time. `call` holds the
-    AttentionInputs, the options, the backend's name and the dispatcher's key set, which is None past the
-    dispatcher.
+    AttentionInputs, the options, the backend's name and how to compute: see `_forward_autograd`.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, q, k, v, bias, relative_bias, call):
-        inputs, options, backend_name, keyset = call
+    def forward(q, k, v, bias, relative_bias, call):
+        inputs, options, backend_name, compute = call
         inputs = inputs._replace(q=q, k=k, v=v, bias=bias, relative_bias=relative_bias)
-        if keyset is None:
-            out, lse = _compute_forward(inputs, options, backend_name, True, True)
-        else:
-            with torch._C._AutoDispatchBelowAutograd():
-                keyset = keyset & torch._C._after_autograd_keyset
-                out, lse = forward.redispatch(keyset, *inputs, *options, backend_name, True, True)
+        return compute(inputs, options, backend_name, True, True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, v, bias, relative_bias, (others, options, backend_name, _) = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(out, lse, *inputs)
-        ctx.options, ctx.backend_name = options, backend_name
-        return out, lse
+        ctx.save_for_backward(*output, q, k, v, bias, relative_bias, others.key_mask, *others[6:])
+        ctx.call = options, backend_name
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        if torch.is_grad_enabled():  # create_graph=True
-            return _gradients_once(ctx, dout, dlse)
-        return _gradients(ctx, dout, dlse)
-
-
-def _gradients(ctx, dout, dlse):
-    out, lse, *tensors = ctx.saved_tensors
-    inputs = AttentionInputs(*tensors)
-    needs = list(ctx.needs_input_grad[:5])
-    if dout is None:
-        dout = torch.zeros_like(out)
-    if _unwatched(inputs) and _unwatched((dout, dlse)):
-        computed = _compute_backward(dout, dlse, out, lse, needs, inputs, ctx.options, ctx.backend_name)
-    else:
-        computed = backward(dout, dlse, out, lse, needs, *inputs, *ctx.options, ctx.backend_name)
-    computed = iter(computed)
-    return *(next(computed) if needed else None for needed in needs), None
+        out, lse, q, k, v, bias, relative_bias, key_mask, *rest = ctx.saved_tensors
+        inputs = AttentionInputs(q, k, v, key_mask, bias, relative_bias, *rest)
+        options, backend_name = ctx.call
+        needs = list(ctx.needs_input_grad[:5])
+        if dout is None:
+            dout = torch.zeros_like(out)
+        if not torch.is_grad_enabled() and _unwatched(inputs) and _unwatched((dout, dlse)):
+            computed = _compute_backward(dout, dlse, out, lse, needs, inputs, options, backend_name)
+        else:
+            # functorch wants to see the Function before the op, the dispatcher alone brings it by itself.
+            op = functools.partial(_Gradients.apply, backward) if _transformed() else backward
+            computed = op(dout, dlse, out, lse, needs, *inputs, *options, backend_name)
+        computed = iter(computed)
+        return *(next(computed) if needed else None for needed in needs), None
 
 
 # Function.apply without the part in Python that cares for functorch's transforms.
 _apply_directly = super(torch.autograd.Function, _Attention).apply
-_gradients_once = once_differentiable(_gradients)
+
+
+class _Gradients(torch.autograd.Function):
+    """The backward op where somebody may differentiate it once more: refuses when it comes to that."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(compute, *args):
+        return tuple(compute(*args))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise UnsupportedError("fastattn's attention has no second derivative")
+
+
+def _transformed() -> bool:
+    """Whether torch.func transforms the call, and no compiler has taken that over."""
+    return torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
+
+
+def _below_autograd(op, keyset, args):
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
+def _forward_autograd(keyset, *args):
+    forward_mode = torch.autograd.forward_ad._current_level >= 0  # _Attention refuses it, having no jvp
+    if not (forward_mode or (torch.is_grad_enabled() and _needs_grad(args))):
+        return _below_autograd(forward, keyset, args)
+    *problem_args, backend_name, _, _ = args
+    inputs, options = AttentionInputs(*problem_args[:_NUM_TENSORS]), tuple(problem_args[_NUM_TENSORS:])
+    if _transformed():
+        raise UnsupportedError("torch.func transforms take fastattn.attention, not the op below it")
+
+    def compute(inputs, options, *rest):
+        return _below_autograd(forward, keyset, (*inputs, *options, *rest))
+
+    return _Attention.apply(*_differentiable(inputs), (inputs, options, backend_name, compute))
+
+
+def _backward_autograd(keyset, *args):
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+        return list(_Gradients.apply(lambda *args: _below_autograd(backward, keyset, args), *args))
+    return _below_autograd(backward, keyset, args)
 
 
 def _differentiable(inputs) -> tuple:
@@ -256,15 +301,6 @@ def _needs_grad(inputs) -> bool:
         or (bias is not None and bias.requires_grad)
         or (relative_bias is not None and relative_bias.requires_grad)
     )
-
-
-def _forward_autograd(keyset, *args):
-    if torch.is_grad_enabled() and _needs_grad(args):
-        *args, backend_name, _, _ = args
-        inputs, options = AttentionInputs(*args[:_NUM_TENSORS]), tuple(args[_NUM_TENSORS:])
-        return _Attention.apply(*_differentiable(inputs), (inputs, options, backend_name, keyset))
-    with torch._C._AutoDispatchBelowAutograd():
-        return forward.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
 def check_alibi_slopes(slopes: Tensor) -> None:
@@ -294,11 +330,35 @@ def _forward_autocast(device_type: str):
     return kernel
 
 
+# ---- vmap
+
+
+def _in_a_loop(op):
+    """The op once for each element, and a warning: nobody should wait for that without knowing."""
+
+    def batched(info, in_dims, *args):
+        how = f"vmap calls {op.name()} {info.batch_size} times; the batch dimension of q, k and v is faster"
+        warnings.warn(how, stacklevel=2)
+
+        def of_one(i, x, dim):
+            return x.select(dim, i) if isinstance(dim, int) else x
+
+        results = [op(*map(functools.partial(of_one, i), args, in_dims)) for i in range(info.batch_size)]
+        stacked = [torch.stack(of_all) for of_all in zip(*results, strict=True)]
+        kind = type(results[0])
+        return kind(stacked), kind([0] * len(stacked))
+
+    return batched
+
+
 _library.impl("forward", _forward_kernel, "CompositeExplicitAutograd")
 _library.impl("backward", _backward_kernel, "CompositeExplicitAutograd")
 torch.library.register_fake("fastattn::forward", _forward_fake, lib=_library)
 torch.library.register_fake("fastattn::backward", _backward_fake, lib=_library)
 _library.impl("forward", _forward_autograd, "Autograd", with_keyset=True)
+_library.impl("backward", _backward_autograd, "Autograd", with_keyset=True)
+torch.library.register_vmap("fastattn::forward", _in_a_loop(forward), lib=_library)
+torch.library.register_vmap("fastattn::backward", _in_a_loop(backward), lib=_library)
 _library.impl("forward", _forward_autocast("cpu"), "AutocastCPU")
 _library.impl("forward", _forward_autocast("cuda"), "AutocastCUDA")
 
@@ -318,7 +378,7 @@ _WATCHERS = (
 
 def _unwatched(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether a call through the dispatcher would do nothing but arrive at the kernel."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0:
         return False
     for watcher in _WATCHERS:
         if watcher():
@@ -326,12 +386,20 @@ def _unwatched(tensors: tuple[Tensor | None, ...]) -> bool:
     return all(not (tensor is not None and type(tensor) not in _PLAIN_TYPES) for tensor in tensors)
 
 
+def _through_dispatcher(inputs, options, *rest):
+    return forward(*inputs, *options, *rest)
+
+
 def attend(
     inputs: AttentionInputs, options: tuple, backend_name: str, need_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(out, lse); lse means something only where need_lse."""
-    if not _unwatched(inputs):
+    if inputs.q.is_meta or not _unwatched(inputs):
+        if _transformed():
+            return _Attention.apply(
+                *_differentiable(inputs), (inputs, options, backend_name, _through_dispatcher)
+            )
         return forward(*inputs, *options, backend_name, False, need_lse)
     if torch.is_grad_enabled() and _needs_grad(inputs):
-        return _apply_directly(*_differentiable(inputs), (inputs, options, backend_name, None))
+        return _apply_directly(*_differentiable(inputs), (inputs, options, backend_name, _compute_forward))
     return _compute_forward(inputs, options, backend_name, False, need_lse)

@@ -184,12 +184,12 @@ def forward(
         shape = (problem.batch, problem.num_heads, problem.seqlen_q)
         parts = out.new_empty((splits, *shape, problem.head_dim_v), dtype=torch.float32)
         parts_lse = out.new_empty((splits, *shape), dtype=torch.float32)
-        target, target_lse = parts[0], parts_lse
-    arguments = _arguments(problem, inputs) | _named_strides({"o": target})
+        target, target_lse = parts, parts_lse
+    arguments = _arguments(problem, inputs) | _named_strides({"o": target if splits == 1 else target[0]})
     arguments |= {
         "p_out": target,
         "p_lse": target_lse,
-        "stride_split_out": target.numel(),
+        "stride_split_out": target.numel() // splits,
         "stride_split_lse": problem.batch * problem.num_heads * problem.seqlen_q,
         "num_heads": heads,
         "BLOCK_M": config.block_m,

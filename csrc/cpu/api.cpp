@@ -213,6 +213,39 @@ fastattn_status run_bias_pass(const fastattn_problem& p, const fastattn_backward
   return run(executor, kernels.backward_bias[p.dtype], work, list, io.dbias.stride_h == 0 ? 1 : p.num_heads);
 }
 
+// Sequences are divided into as many parts as keep a large machine busy in 8 MiB of partial sums, added in
+// order.
+fastattn_status run_relative_pass(const fastattn_problem& p, const fastattn_backward_io& io,
+                                  const fastattn_executor* executor, const Kernels& kernels, Work work) {
+  const int64_t count = p.seqlen_q + p.seqlen_k - 1;
+  if (count <= 0) return FASTATTN_OK;
+  const int64_t affordable = (INT64_C(2) << 20) / (p.num_heads * count);
+  const int64_t wanted = std::min({ceil_div(kEnoughUnits, p.num_heads), affordable, p.batch});
+  const int64_t length = std::max<int64_t>(ceil_div(p.batch, std::max<int64_t>(wanted, 1)), 1);
+  EntryList list;
+  for (int64_t b = 0; b < std::max<int64_t>(p.batch, 1); b += length) {
+    Entry entry = {0, b, std::min(b + length, p.batch), 0};
+    entry.slot = list.count;
+    list.add(entry);
+  }
+  const int64_t parts = list.count;
+  if (parts > 1) {
+    work.partials = (float*)malloc((size_t)(parts * p.num_heads * count) * sizeof(float));
+    if (work.partials == nullptr) return fail(FASTATTN_OUT_OF_MEMORY, "no memory for the sums of diagonals.");
+  }
+  const fastattn_status status = run(executor, kernels.backward_relative[p.dtype], work, list, p.num_heads);
+  for (int64_t h = 0; h < p.num_heads && parts > 1 && status == FASTATTN_OK; ++h) {
+    float* sums = io.drelative_bias + h * io.drelative_bias_stride_h;
+    for (int64_t d = 0; d < count; ++d) {
+      float sum = 0.0f;
+      for (int64_t part = 0; part < parts; ++part) sum += work.partials[(part * p.num_heads + h) * count + d];
+      sums[d] = sum;
+    }
+  }
+  free(work.partials);
+  return status;
+}
+
 // Few queries and few units: keys are split as well. Fills both lists and gives the slots' floats; 0: not
 // worth it.
 int64_t split_keys(const fastattn_problem& p, const EntryList& whole, EntryList& parts, EntryList& merges) {
@@ -300,11 +333,7 @@ fastattn_status backward(const fastattn_problem* p, const fastattn_backward_io* 
     status = run_bias_pass(*p, *io, executor, *kernels, work);
     if (status != FASTATTN_OK) return status;
   }
-  if (io->drelative_bias != nullptr) {
-    EntryList list;
-    list.add({0, 0, 0, 0});
-    status = run(executor, kernels->backward_relative[p->dtype], work, list, p->num_heads);
-  }
+  if (io->drelative_bias != nullptr) status = run_relative_pass(*p, *io, executor, *kernels, work);
   return status;
 }
 

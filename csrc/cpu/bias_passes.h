@@ -89,15 +89,18 @@ struct RelativePass : Backward<T, E> {
   using Base::io;
   using Base::p;
 
-  explicit RelativePass(const Work& work) : Base(work, true, false, true, 1) {}
+  float* const partials;
 
-  // All diagonals of one head, in place; entry is ignored.
-  void run(const Entry&, int64_t h, const Entry*, int64_t) {
-    float* diagonals = io.drelative_bias + h * io.drelative_bias_stride_h;
+  explicit RelativePass(const Work& work) : Base(work, true, false, true, 1), partials(work.partials) {}
+
+  // All diagonals of one head over sequences [entry.begin, entry.end): in place, or in a slot of their own.
+  void run(const Entry& entry, int64_t h, const Entry*, int64_t) {
     const int64_t count = p.seqlen_q + p.seqlen_k - 1;
-    if (count > 0) __builtin_memset(diagonals, 0, (size_t)count * sizeof(float));
+    float* diagonals = partials == nullptr ? io.drelative_bias + h * io.drelative_bias_stride_h
+                                           : partials + (entry.slot * p.num_heads + h) * count;
+    __builtin_memset(diagonals, 0, (size_t)count * sizeof(float));
     const int64_t kv_head = h / (p.num_heads / p.num_kv_heads);
-    for (int64_t b = 0; b < p.batch; ++b) {
+    for (int64_t b = entry.begin; b < entry.end; ++b) {
       const Sequence s = sequence_of(p, b);
       const Visibility visible = visibility_of(p, s);
       for (int64_t j = 0; j < s.nk; j += kKeyTile) {

@@ -27,7 +27,7 @@ struct Work {
   int64_t unit_count;     // entries times heads
   int64_t grain;          // units taken at a time
   int64_t next;           // the next unit to be taken, atomically
-  float* partials;        // see decode.h
+  float* partials;        // see decode.h; diagonals of a relative bias, by (slot, head)
   int32_t out_of_memory;  // set by a thread that got no workspace
   int32_t* turns;         // key passes: per (b, kv head, query tile) the next key tile that may add to dq
   // Key passes where dq is narrower than fp32 and summed over several key tiles: all its sums, if key tiles

@@ -229,11 +229,11 @@ def _check_packed(inputs: AttentionInputs, max_seqlen_q: int, max_seqlen_k: int)
 
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor, num_heads: int, num_kv_heads: int) -> None:
-    if v.shape[1] != num_kv_heads:
-        raise InvalidArgumentError("v", f"of shape {tuple(v.shape)}", f"{num_kv_heads} heads, as k has")
     if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads != 0:
         allowed = "at least 1, and the number of query heads a multiple of it"
         raise InvalidArgumentError("k", f"{num_kv_heads} heads for {num_heads} query heads", allowed)
+    if v.shape[1] != num_kv_heads:
+        raise InvalidArgumentError("v", f"of shape {tuple(v.shape)}", f"{num_kv_heads} heads, as k has")
     if k.shape[-1] != q.shape[-1]:
         raise InvalidArgumentError("k", f"head_dim {k.shape[-1]}", f"{q.shape[-1]}, the head_dim of q")
     for name, tensor in (("q", q), ("v", v)):

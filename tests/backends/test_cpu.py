@@ -1,0 +1,107 @@
+"""The CPU backend's seam with the native library: structs, threads, instruction sets."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastattn
+from fastattn.backends import Backend
+from fastattn.backends.cpu import abi, library
+from fastattn.problem import AttentionInputs, describe
+
+TESTS = Path(__file__).parents[1]
+
+_CHECK = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+from hypothesis import HealthCheck, given, settings
+import oracle
+from fastattn.dispatch import load
+
+assert load("cpu").isa() == {isa!r}, load("cpu").isa()
+torch.set_num_threads(2)
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for head_dim in (16, 40, 64, 128):
+        oracle.check(oracle.Case(dtype=dtype, lengths=((35, 70),), head_dim=head_dim, head_dim_v=head_dim))
+
+@settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(case=oracle.cases())
+def check(case):
+    torch.manual_seed(0)
+    oracle.check(case)
+
+check()
+"""
+
+
+def _isas() -> list[str]:
+    from fastattn.dispatch import load
+
+    backend = load("cpu")
+    return [] if isinstance(backend, str) else backend.isas()
+
+
+@pytest.mark.parametrize("isa", _isas())
+def test_every_instruction_set_of_this_machine(isa):
+    """Each computes every feature within the rule, in a process that is told to use it."""
+    done = subprocess.run(
+        [sys.executable, "-c", _CHECK.format(tests=str(TESTS), isa=isa)],
+        env={**os.environ, "FASTATTN_CPU_ISA": isa, "PYTHONPATH": str(Path(fastattn.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_it_keeps_the_protocol(cpu):
+    assert isinstance(cpu, Backend)
+
+
+def test_structs_have_the_sizes_the_library_expects(cpu):
+    """The library refuses a struct whose size it doesn't know, so one byte less must fail."""
+    q = torch.randn(1, 1, 2, 16)
+    inputs = AttentionInputs(q, q, q)
+    problem = describe(inputs, (False, 0.25, -1, -1, 0.0, 0.0, 0, 0), False)
+    whole = abi.problem_struct(abi.fixed_part(problem), problem, inputs)
+    out = torch.empty_like(q)
+    result, executor = abi.forward_struct(out, None), abi.executor_struct(0, 1)
+    call = cpu._library.fastattn_cpu_forward
+    assert call(whole, result, executor) == abi.STATUS_OK
+    shorter = (len(whole) - 8).to_bytes(4, sys.byteorder) + whole[4:]
+    assert call(shorter, result, executor) == abi.STATUS_INVALID_ARGUMENT
+    assert b"struct_size" in cpu._library.fastattn_last_error()
+
+
+def test_it_runs_on_torchs_threads_and_on_its_own(cpu, monkeypatch):
+    assert library.torch_parallel_for() != 0, "this torch exports no torch_parallel_for"
+    q = torch.randn(2, 4, 70, 32)
+    lent = fastattn.attention(q, q, q, backend="cpu")
+    monkeypatch.setattr(cpu, "_executors", {torch.get_num_threads(): abi.executor_struct(0, 2)})
+    own = fastattn.attention(q, q, q, backend="cpu")
+    assert torch.equal(lent, own)
+
+
+def test_a_library_of_another_abi_is_refused(cpu, monkeypatch):
+    monkeypatch.setattr(abi, "ABI_VERSION", abi.ABI_VERSION + 1)
+    with pytest.raises(library.LibraryMissingError, match="ABI version"):
+        library.open_library()
+
+
+def test_threads_of_python_share_it(cpu):
+    """Calls from several Python threads at once: nothing but workspaces outlives a call."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    inputs = [torch.randn(1, 2, 20 + 7 * n, 16) for n in range(8)]
+    expected = [fastattn.attention(x, x, x, causal=True, backend="cpu") for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(10):
+            found = list(pool.map(lambda x: fastattn.attention(x, x, x, causal=True, backend="cpu"), inputs))
+            assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))

@@ -1,0 +1,108 @@
+"""I9: no buffer of Nq x Nk; what is saved for backward is what explain() says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastattn
+
+pytestmark = pytest.mark.usefixtures("cpu")
+
+
+def saved_bytes(call) -> int:
+    """Bytes that autograd keeps alive for backward, each storage counted once."""
+    storages = {}
+
+    def pack(x):
+        storages[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        call()
+    return sum(storages.values())
+
+
+def tensors(dtype, **wants):
+    q, k, v = (torch.randn(2, heads, n, 16, dtype=dtype) for heads, n in ((4, 33), (2, 50), (2, 50)))
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        x.requires_grad_(wants.get(name, False))
+    return q, k, v
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("wanted", ["q", "k", "v", "qkv"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": True, "softcap": 3.0},
+        {"key_mask": torch.rand(2, 50) > 0.5, "alibi_slopes": torch.rand(4)},
+        {"bias": torch.randn(4, 33, 50), "relative_bias": torch.randn(4, 82)},
+        {"dropout_p": 0.1, "seed": 3},
+    ],
+    ids=lambda options: "+".join(options) or "plain",
+)
+def test_explain_counts_what_autograd_saves(dtype, wanted, options):
+    q, k, v = tensors(dtype, **dict.fromkeys(wanted, True))
+    counted = saved_bytes(lambda: fastattn.attention(q, k, v, **options))
+    assert fastattn.explain(q, k, v, **options).saved_bytes == counted > 0
+
+
+def test_views_of_one_projection_count_once():
+    qkv = torch.randn(2, 20, 3, 4, 16, requires_grad=True)
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+    counted = saved_bytes(lambda: fastattn.attention(q, k, v))
+    out_and_lse = 2 * 20 * 4 * 16 * 4 + 2 * 4 * 20 * 4
+    assert fastattn.explain(q, k, v).saved_bytes == counted == qkv.numel() * 4 + out_and_lse
+
+
+def test_packed():
+    q = torch.randn(30, 4, 16, requires_grad=True)
+    offsets = torch.tensor([0, 12, 30], dtype=torch.int32)
+    counted = saved_bytes(lambda: fastattn.varlen_attention(q, q, q, offsets, causal=True))
+    assert fastattn.explain(q, q, q, offsets, causal=True).saved_bytes == counted
+
+
+def test_nothing_is_saved_when_nothing_needs_a_gradient():
+    q, k, v = tensors(torch.float32)
+    assert saved_bytes(lambda: fastattn.attention(q, k, v)) == 0
+    assert fastattn.explain(q, k, v).saved_bytes == 0
+    q.requires_grad_()
+    with torch.no_grad():
+        assert saved_bytes(lambda: fastattn.attention(q, k, v)) == 0
+        assert fastattn.explain(q, k, v).saved_bytes == 0
+
+
+_PEAK = """
+import resource, torch, fastattn
+q, k, v = (torch.randn(1, 1, {rows}, 32, requires_grad=True) for _ in range(3))
+fastattn.attention(*(x[:, :, :256] for x in (q, k, v)), causal=True).sum().backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+fastattn.attention(q, k, v, causal=True).sum().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in KiB on Linux alone")
+def test_peak_memory_of_a_long_sequence_is_linear():
+    """All scores of 6144 rows would be 144 MiB in float32; results are 4 MiB, a thread's workspace 8."""
+    script = _PEAK.format(rows=6144)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 40 * 1024
+
+
+def test_flops_of_known_problems():
+    q = torch.randn(2, 4, 8, 16, requires_grad=True)
+    full = fastattn.explain(q, q, q)
+    assert full.forward_flops == 4 * 2 * 4 * 8 * 8 * 16
+    assert full.backward_flops == full.forward_flops * 5 // 2
+    causal = fastattn.explain(q, q, q, causal=True)
+    assert causal.forward_flops * 64 == full.forward_flops * 36
+    only_v = fastattn.explain(q.detach(), q.detach(), q)
+    assert only_v.backward_flops == full.forward_flops
+    window = fastattn.explain(q, q, q, window=(1, 1))
+    assert window.forward_flops * 64 == full.forward_flops * 22

@@ -11,6 +11,7 @@
 
 #include "dropout.h"
 #include "score.h"
+#include "softmax.h"
 #include "unit.h"
 
 namespace fastattn::FASTATTN_ISA_NS {
@@ -219,7 +220,9 @@ struct Backward {
                                                                : &Backward::finish_row<true, false, false>))
                                   : (dropout.active ? &Backward::finish_row<false, true, true>
                                                     : &Backward::finish_row<false, true, false>);
-      (this->*finish)(row, drow, first, last, scale, q.lse[i], q.delta[i], keep);
+      const bool large = is_large(q.lse[i]);
+      if (large) round_products(row, first, last, scale);
+      (this->*finish)(row, drow, first, last, large ? 1.0f : scale, q.lse[i], q.delta[i], keep);
       if (want_ds) {
         mask_row(drow, begin, end, keys, 0.0f);
         zero_outside(drow, begin, end, keys.padded);

@@ -7,6 +7,17 @@
 
 namespace fastattn::FASTATTN_ISA_NS {
 
+// row * scale - offset is one fused operation, exact but for its result. Beyond this size the offset's own
+// rounding weighs more than that is worth, up to driving every weight of a row to 0: then products are
+// rounded first, so that the largest meets an equal offset.
+constexpr float kLargeScore = 1024.0f;
+
+FASTATTN_ALWAYS bool is_large(float x) { return x > kLargeScore || x < -kLargeScore; }
+
+FASTATTN_ALWAYS void round_products(float* row, int begin, int end, float scale) {
+  for (int j = begin; j < end; j += W) store(row + j, load(row + j) * scale);
+}
+
 struct RowState {
   float peak[kQueryTile];  // of the scores so far; -inf: nothing seen
   float sum[kQueryTile];   // of exp(score - peak)
@@ -38,6 +49,10 @@ FASTATTN_ALWAYS bool softmax_row(float* row, int begin, int end, float scale, fl
   // Nothing but NaN in the row so far: any finite offset keeps it NaN.
   const float offset = new_peak == -kInf ? 0.0f : new_peak;
 
+  if (is_large(tile_peak)) {
+    round_products(row, begin, end, scale);
+    scale = 1.0f;
+  }
   vf sum0 = {}, sum1 = {};
   j = begin;
   for (; j + 2 * W <= end; j += 2 * W) {

@@ -86,6 +86,7 @@ struct Harness {
 
   int64_t stride(int64_t dense) {
     if (!bytes.rarely()) return dense;
+    dense = std::clamp<int64_t>(dense, 0, kMostElements);
     const int64_t odd[] = {0, 1, dense + 3, kHuge, -dense};
     return odd[bytes.below(5)];
   }

@@ -118,7 +118,6 @@ __global__ void __launch_bounds__(KeyGradientShape<T, kDim>::kTile.threads())
       clear(dscores);
       multiply_rows<QTile>(dscores, v, dout_tile(stage));
     }
-    const uint8_t* const keep = stages + stage * Shape::kStageBytes + Shape::kKeepOffset;
 #pragma unroll
     for (int n = 0; n < kQueryTiles; ++n) {
       const int query = 8 * n + lane % 4 * 2;  // this lane's queries: this one and query + 1
@@ -131,8 +130,8 @@ __global__ void __launch_bounds__(KeyGradientShape<T, kDim>::kTile.threads())
         uint32_t kept = 0x0101;
         if constexpr (V::kDropout) {
           if (p.dropout_threshold > 0)
-            kept = Keep::pair(keep, query, lane / 4 + 8 * half,
-                              (first_k + warp_row) / kDropoutLanes % kDropoutSlots);
+            kept = Keep::pair(stages + stage * Shape::kStageBytes + Shape::kKeepOffset, query,
+                              lane / 4 + 8 * half, (first_k + warp_row) / kDropoutLanes % kDropoutSlots);
         }
 #pragma unroll
         for (int e = 0; e < 2; ++e) {

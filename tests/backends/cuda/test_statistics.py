@@ -27,11 +27,6 @@ CASES = {
         "key_gradient": (4, 16, 64, 64),
         "query_gradient": (3, 16, 64, 64),
     },
-    "BFloat16 64 0": {
-        "forward": (2, 32, 64, 64),
-        "key_gradient": (4, 16, 64, 64),
-        "query_gradient": (3, 16, 64, 64),
-    },
     "Half 128 0": {
         "forward": (2, 16, 64, 128),
         "key_gradient": (4, 16, 32, 128),

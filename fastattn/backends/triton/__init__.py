@@ -1,4 +1,4 @@
-"""The Triton backend: kernels for every NVIDIA GPU since Turing and for AMD's CDNA and RDNA3.
+"""The Triton backend: kernels for every NVIDIA GPU since Ampere and for AMD's CDNA and RDNA3.
 
 A kernel's file reads from top to bottom like its algorithm: forward.py, backward.py, bias_backward.py,
 decode.py over the helpers of tiles.py and rng.py. launch.py turns a problem into launches, configs.py chooses

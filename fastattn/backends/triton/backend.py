@@ -17,8 +17,7 @@ from .. import Gradients
 from . import configs
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_OLDEST_NVIDIA = 75
-_OLDEST_BF16 = 80
+_OLDEST_NVIDIA = 80  # Triton 3.9 makes no use of Turing's tensor cores
 
 
 def interpreting() -> bool:
@@ -56,11 +55,7 @@ class TritonBackend:
             return f"computes float32, bfloat16 and float16, not {problem.dtype}"
         arch, _ = self._device(problem.device)
         if isinstance(arch, int) and arch < _OLDEST_NVIDIA:
-            return (
-                f"needs compute capability {_OLDEST_NVIDIA / 10} or newer, {problem.device} has {arch / 10}"
-            )
-        if isinstance(arch, int) and arch < _OLDEST_BF16 and problem.dtype == torch.bfloat16:
-            return f"bfloat16 needs compute capability {_OLDEST_BF16 / 10}, {problem.device} has {arch / 10}"
+            return f"needs compute capability {_OLDEST_NVIDIA / 10}, {problem.device} has {arch / 10}"
         return None
 
     def kernel(self, problem: AttentionProblem) -> str:

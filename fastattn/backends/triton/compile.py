@@ -37,12 +37,12 @@ KERNELS = {
     "join_diagonals": join_diagonals_kernel,
 }
 FEATURES = ("left", "right", "key_mask", "bias", "relative_bias", "alibi", "softcap", "dropout", "packed")
-ARCHITECTURES: tuple[Arch, ...] = (75, 80, 86, 89, 90, 100, 120, "gfx90a", "gfx942", "gfx1100")
+ARCHITECTURES: tuple[Arch, ...] = (80, 86, 89, 90, 100, 120, "gfx90a", "gfx942", "gfx1100")
 
 # KiB of shared memory a block may have, KiB a multiprocessor has, and the warps it holds.
-_SHARED_LIMIT = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-_SHARED_OF_SM = {75: 64, 80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
-_WARPS_OF_SM = {75: 32, 80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
+_SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+_SHARED_OF_SM = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
+_WARPS_OF_SM = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
 _AMD_SHARED_LIMIT = 64
 
 _ITEMSIZE = {"fp16": 2, "bf16": 2, "fp32": 4}
@@ -251,8 +251,6 @@ def shipped(architectures: Iterable[Arch], head_dims: Iterable[int], dtypes: Ite
     variants = []
     for arch in architectures:
         for dtype in dtypes:
-            if arch == 75 and dtype == "bf16":
-                continue
             for head_dim in head_dims:
                 for kernel in ("forward", "dq", "dkdv"):
                     for features in (frozenset(), frozenset({"right"})):

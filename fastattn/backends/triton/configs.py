@@ -1,6 +1,6 @@
 """Which tiles a kernel runs with: pure functions of the architecture and the shape of a head.
 
-Architectures are CUDA compute capabilities as integers (75, 80, …), AMD names ("gfx942"), or "interpreter".
+Architectures are CUDA compute capabilities as integers (80, 86, …), AMD names ("gfx942"), or "interpreter".
 The reasons beside the entries are counts from compiled code (python -m fastattn.backends.triton.compile, and
 the model of docs/performance-gpu.md), not timings.
 """
@@ -50,9 +50,6 @@ def forward_config(
         return _amd_config(dim, itemsize)
     if itemsize == 4:
         return _fp32_config(dim)
-    if arch < 80:
-        # No asynchronous copies and 64 KiB of shared memory.
-        return TileConfig(64, 64 if dim <= 64 else 32, 4, 2)
     if dim <= 64:
         # 32 query rows a warp share each key fragment: fewer shared-memory loads for each matrix instruction.
         if shaped:
@@ -74,8 +71,6 @@ def dq_config(arch: Arch, head_dim: int, head_dim_v: int, itemsize: int) -> Tile
         return _amd_config(dim, itemsize)
     if itemsize == 4:
         return _fp32_config(dim)
-    if arch < 80:
-        return TileConfig(64, 32, 4, 2)
     # Three stages load the next tile while this one is computed with; two would wait for each.
     if dim <= 64:
         return TileConfig(64, 64, 4, 3)
@@ -94,8 +89,6 @@ def dkdv_config(arch: Arch, head_dim: int, head_dim_v: int, itemsize: int) -> Ti
         return _amd_config(dim, itemsize)
     if itemsize == 4:
         return _fp32_config(dim)
-    if arch < 80:
-        return TileConfig(32, 64, 4, 2)
     # Long key tiles, since every query tile streams past them; the widest query tile that spills nothing.
     if dim <= 64:
         return TileConfig(64, 128, 8, 3) if arch in (90, 100) else TileConfig(32, 128, 8, 3)
@@ -109,7 +102,7 @@ def bias_config(arch: Arch, head_dim: int, head_dim_v: int, itemsize: int) -> Ti
     if arch == INTERPRETER:
         return _INTERPRETED
     dim = padded_dim(max(head_dim, head_dim_v))
-    if itemsize == 4 or dim > 128 or (isinstance(arch, int) and arch < 80):
+    if itemsize == 4 or dim > 128:
         return TileConfig(32, 32, 4, 1)
     return TileConfig(64, 64, 4, 1)
 

@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-_FP32_CYCLES = {75: 2, 80: 2, 86: 1, 89: 1, 90: 1, 100: 1, 120: 1}
+_FP32_CYCLES = {80: 2, 86: 1, 89: 1, 90: 1, 100: 1, 120: 1}
 _MATRIX = ("HMMA", "HGMMA", "UTCHMMA", "QMMA", "IMMA", "UTCQMMA")
 _FP32 = ("FADD", "FMUL", "FFMA", "FADD2", "FMUL2", "FFMA2", "FMNMX3")
 _ALU = (

@@ -77,7 +77,7 @@ def dq_config(arch: Arch, head_dim: int, head_dim_v: int, itemsize: int) -> Tile
     if dim <= 128:
         # 160 of 227 KiB; elsewhere 68, which fits the 99 of an 86, 89 or 120 as well.
         return TileConfig(128, 64, 8, 3) if arch in (90, 100) else TileConfig(64, 32, 4, 3)
-    return TileConfig(64, 32, 8, 2)
+    return TileConfig(64, 32, 8, 2) if arch in (80, 90, 100) else TileConfig(32, 32, 4, 2)
 
 
 def dkdv_config(arch: Arch, head_dim: int, head_dim_v: int, itemsize: int) -> TileConfig:

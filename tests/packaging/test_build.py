@@ -40,7 +40,8 @@ def test_wheel_serves_every_python_on_this_platform(stub_tree):
     assert LIBRARY in names
     sources = {p.relative_to(stub_tree).as_posix() for p in (stub_tree / "fastattn").rglob("*.py")}
     assert sources <= names
-    assert {n for n in names if ".dist-info/" not in n} - sources == {LIBRARY}, "something else got in"
+    data = {"fastattn/py.typed", "fastattn/bench/peak.cpp"}
+    assert {n for n in names if ".dist-info/" not in n} - sources == {LIBRARY, *data}, "something else got in"
     always = [
         line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line
     ]

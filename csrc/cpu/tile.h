@@ -20,11 +20,11 @@ FASTATTN_ALWAYS int64_t operand_ld(int64_t n) {
 
 // Hands out pieces of the thread's workspace, each on a cache line.
 struct Arena {
-  char* next;
+  uintptr_t next;  // not a pointer: a layout is measured from address 0
   template <class T>
   T* take(int64_t count) {
     T* p = (T*)next;
-    next += round_up(count * (int64_t)sizeof(T), 64) + 64;
+    next += (uintptr_t)(round_up(count * (int64_t)sizeof(T), 64) + 64);
     return p;
   }
 };

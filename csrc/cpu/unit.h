@@ -78,10 +78,10 @@ FASTATTN_ALWAYS void take_units(Work& work, int64_t heads, Body body) {
 // The thread's workspace, laid out by `kernel`: measured with a null arena first, then for real.
 template <class Kernel>
 FASTATTN_ALWAYS bool get_workspace(Work& work, Kernel& kernel) {
-  Arena measure{nullptr};
+  Arena measure{0};
   kernel.lay_out(measure);
-  Arena arena{(char*)thread_workspace((size_t)(uintptr_t)measure.next)};
-  if (arena.next == nullptr) {
+  Arena arena{(uintptr_t)thread_workspace((size_t)measure.next)};
+  if (arena.next == 0) {
     __atomic_store_n(&work.out_of_memory, 1, __ATOMIC_RELAXED);
     return false;
   }

@@ -41,8 +41,12 @@ asan() {
   if echo 'int main(){}' | clang++ -fsanitize=fuzzer-no-link,address -x c++ - -o /dev/null 2>/dev/null; then
     build fuzz -DCMAKE_CXX_COMPILER=clang++ -DFASTATTN_SANITIZE=address,undefined -DFASTATTN_LIBFUZZER=ON \
       -DFASTATTN_ISAS=none
-    build/tests-fuzz/fuzz_problem -max_total_time="$fuzz_seconds" -max_len=400 -seed=1 -verbosity=0 \
-      -artifact_prefix=build/tests-fuzz/
+    if ! build/tests-fuzz/fuzz_problem -max_total_time="$fuzz_seconds" -max_len=400 -seed=1 \
+      -artifact_prefix=build/tests-fuzz/ 2>build/tests-fuzz/log; then
+      tail -n 60 build/tests-fuzz/log
+      return 1
+    fi
+    echo "libFuzzer: nothing found in $fuzz_seconds s"
   else
     echo "libFuzzer: skipped, clang++ is not there or has no fuzzer runtime"
   fi

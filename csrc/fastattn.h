@@ -63,8 +63,8 @@ typedef struct {
  * that of torch_parallel_for, so torch's own pool can be passed as it is. NULL: the library's own
  * small pool of num_threads threads. */
 typedef void (*fastattn_range_fn)(int64_t begin, int64_t end, void* context);
-typedef int32_t (*fastattn_parallel_for)(int64_t begin, int64_t end, int64_t grain,
-                                         fastattn_range_fn fn, void* context);
+typedef int32_t (*fastattn_parallel_for)(int64_t begin, int64_t end, int64_t grain, fastattn_range_fn fn,
+                                         void* context);
 typedef struct {
   fastattn_parallel_for parallel_for;
   int32_t num_threads;
@@ -85,9 +85,9 @@ typedef struct {
   int64_t head_dim_v; /* of v and out, 1..256 */
 
   float softmax_scale;
-  float softcap;   /* 0: none; else softcap * tanh(s / softcap) */
-  float dropout_p; /* 0 <= p < 1 */
-  int32_t causal;  /* bottom-right: query i sees keys j <= i + seqlen_k - seqlen_q */
+  float softcap;       /* 0: none; else softcap * tanh(s / softcap) */
+  float dropout_p;     /* 0 <= p < 1 */
+  int32_t causal;      /* bottom-right: query i sees keys j <= i + seqlen_k - seqlen_q */
   int64_t window_left; /* -1: unlimited; else query i sees j >= i + seqlen_k - seqlen_q - left */
   int64_t window_right;
   uint64_t dropout_seed;
@@ -101,9 +101,9 @@ typedef struct {
   const uint8_t* key_mask; /* (batch, seqlen_k), nonzero = attend; padded layout only */
   int64_t key_mask_stride_b;
 
-  fastattn_bias bias;  /* (batch, num_heads, seqlen_q, seqlen_k) after broadcasting */
-  int32_t bias_dtype;  /* fastattn_dtype */
-  int32_t reserved0;   /* 0 */
+  fastattn_bias bias; /* (batch, num_heads, seqlen_q, seqlen_k) after broadcasting */
+  int32_t bias_dtype; /* fastattn_dtype */
+  int32_t reserved0;  /* 0 */
 
   /* fp32 (num_heads, seqlen_q + seqlen_k - 1): entry [h][j - i + seqlen_q - 1] is added to the score
    * of query i and key j (both counted within their sequence, also in the packed layout). */
@@ -149,7 +149,7 @@ typedef struct {
   fastattn_tensor dq;
   fastattn_tensor dk;
   fastattn_tensor dv;
-  fastattn_bias dbias;  /* fp32; stride 0 where bias was broadcast: summed over that axis */
+  fastattn_bias dbias;   /* fp32; stride 0 where bias was broadcast: summed over that axis */
   float* drelative_bias; /* fp32, shape of relative_bias, contiguous rows */
   int64_t drelative_bias_stride_h;
 } fastattn_backward_io;
@@ -178,8 +178,8 @@ FASTATTN_API fastattn_status fastattn_cpu_backward(const fastattn_problem* probl
 /* keep[b][h][i][j] = 1 where dropout keeps, for tests and for the reference: (batch, num_heads,
  * seqlen_q, seqlen_k) contiguous bytes. The same function of (seed, b, h, i, j) on every backend. */
 FASTATTN_API fastattn_status fastattn_cpu_dropout_mask(uint64_t seed, float dropout_p, int64_t batch,
-                                                       int64_t num_heads, int64_t seqlen_q,
-                                                       int64_t seqlen_k, uint8_t* keep);
+                                                       int64_t num_heads, int64_t seqlen_q, int64_t seqlen_k,
+                                                       uint8_t* keep);
 
 /* ---- CUDA -----------------------------------------------------------------------------------
  *
@@ -213,8 +213,7 @@ FASTATTN_API int32_t fastattn_cuda_num_splits(const fastattn_problem* problem, i
 FASTATTN_API fastattn_status fastattn_cuda_forward_workspace(const fastattn_problem* problem,
                                                              int32_t num_splits, int64_t* bytes);
 FASTATTN_API fastattn_status fastattn_cuda_backward_workspace(const fastattn_problem* problem,
-                                                              const fastattn_backward_io* io,
-                                                              int64_t* bytes);
+                                                              const fastattn_backward_io* io, int64_t* bytes);
 
 /* In the packed layout rows before the first and beyond the last sequence are set to 0 (lse: -inf), and
  * offsets that leave the tensor are cut off at its end. */

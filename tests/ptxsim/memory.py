@@ -60,7 +60,7 @@ class GlobalMemory:
         a = as_numpy(array)
         low, high = _extent(a)
         # The element at the array's own data pointer keeps 256-byte alignment as torch's and CUDA's allocators give.
-        start = -(-self.size // 256) * 256 + -(-(-low) // 256) * 256
+        start = -(-self.size // 256) * 256 + -(low // 256) * 256
         buffer = Buffer(name, BASE + start, a, low, high - low)
         buffer.mode = mode
         self.buffers.append(buffer)

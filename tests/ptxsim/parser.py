@@ -377,7 +377,7 @@ def _split(s):
             parts.append(s[last:i])
             last = i + 1
     tail = s[last:]
-    return parts + [tail] if tail.strip() else parts
+    return [*parts, tail] if tail.strip() else parts
 
 
 def _number(s):

@@ -9,7 +9,9 @@ from . import rounding
 from .harness import elementwise
 
 RNG = np.random.default_rng()
-F32 = np.array([0, -0.0, 1, -1, 1e-45, 1e-38, -1e-40, 3e38, np.inf, -np.inf, np.nan, 1 + 2**-23, 0.1], np.float32)
+F32 = np.array(
+    [0, -0.0, 1, -1, 1e-45, 1e-38, -1e-40, 3e38, np.inf, -np.inf, np.nan, 1 + 2**-23, 0.1], np.float32
+)
 
 
 def floats(n=256):
@@ -98,7 +100,11 @@ def test_pairs_put_the_first_source_on_top(pair, fmt):
 def test_widening_is_exact_for_every_code(fmt):
     codes = RNG.permutation(np.arange(65536, dtype=np.uint16))[:1024]
     got = elementwise(f"cvt.f32.{fmt} %0, %1;", np.float32, codes)
-    want = codes.view(np.float16).astype(np.float32) if fmt == "f16" else (codes.astype(np.uint32) << 16).view(np.float32)
+    want = (
+        codes.view(np.float16).astype(np.float32)
+        if fmt == "f16"
+        else (codes.astype(np.uint32) << 16).view(np.float32)
+    )
     np.testing.assert_array_equal(got, want)
 
 
@@ -122,7 +128,11 @@ def test_fma_in_a_tie_of_the_float64_sum():
 
 @pytest.mark.parametrize("fmt", ["f16", "bf16"])
 def test_half_fma_rounds_once(fmt):
-    codes = [RNG.integers(0x2800, 0x5000, 512).astype(np.uint16) | (RNG.integers(0, 2, 512) << 15).astype(np.uint16) for _ in range(3)]
+    codes = [
+        RNG.integers(0x2800, 0x5000, 512).astype(np.uint16)
+        | (RNG.integers(0, 2, 512) << 15).astype(np.uint16)
+        for _ in range(3)
+    ]
     got = elementwise(f"fma.rn.{fmt} %0, %1, %2, %3;", np.uint16, *codes)
     for a, b, c, d in zip(*codes, got, strict=True):
         exact = Fraction(value_of(a, fmt)) * Fraction(value_of(b, fmt)) + Fraction(value_of(c, fmt))
@@ -133,10 +143,14 @@ def test_half_fma_rounds_once(fmt):
 @pytest.mark.parametrize(("op", "function"), [("add", np.add), ("mul", np.multiply), ("sub", np.subtract)])
 def test_packed_halves_and_pairs_of_floats(op, function):
     a, b = (RNG.standard_normal((64, 2)).astype(np.float16) for _ in range(2))
-    got = elementwise(f"{op}.f16x2 %0, %1, %2;", np.uint32, a.view(np.uint32).ravel(), b.view(np.uint32).ravel())
+    got = elementwise(
+        f"{op}.f16x2 %0, %1, %2;", np.uint32, a.view(np.uint32).ravel(), b.view(np.uint32).ravel()
+    )
     np.testing.assert_array_equal(got.view(np.float16).reshape(-1, 2), function(a, b))
     x, y = (RNG.standard_normal((64, 2)).astype(np.float32) for _ in range(2))
-    got = elementwise(f"{op}.rn.f32x2 %0, %1, %2;", np.uint64, x.view(np.uint64).ravel(), y.view(np.uint64).ravel())
+    got = elementwise(
+        f"{op}.rn.f32x2 %0, %1, %2;", np.uint64, x.view(np.uint64).ravel(), y.view(np.uint64).ravel()
+    )
     np.testing.assert_array_equal(got.view(np.float32).reshape(-1, 2), function(x, y))
 
 
@@ -149,7 +163,14 @@ def test_min_max_and_nan():
 def test_unordered_comparisons():
     a, b = floats(), floats()
     nan = np.isnan(a) | np.isnan(b)
-    for name, want in (("lt", a < b), ("ltu", (a < b) | nan), ("ne", (a != b) & ~nan), ("neu", a != b), ("num", ~nan), ("nan", nan)):
+    for name, want in (
+        ("lt", a < b),
+        ("ltu", (a < b) | nan),
+        ("ne", (a != b) & ~nan),
+        ("neu", a != b),
+        ("num", ~nan),
+        ("nan", nan),
+    ):
         got = elementwise(f"setp.{name}.f32 %p1, %1, %2; selp.b32 %0, 1, 0, %p1;", np.uint32, a, b)
         np.testing.assert_array_equal(got, want, err_msg=name)
 
@@ -176,7 +197,9 @@ def test_float_to_integer_saturates_and_rounds():
     x = np.array([2.5, -2.5, 3.5, 1e20, -1e20, np.nan, 0.49999997, -0.7], np.float32)
     for mode, function in (("rni", np.rint), ("rzi", np.trunc), ("rmi", np.floor), ("rpi", np.ceil)):
         got = elementwise(f"cvt.{mode}.s32.f32 %0, %1;", np.int32, x)
-        want = [int(v) for v in np.clip(np.nan_to_num(function(x.astype(np.float64)), nan=0), -(2**31), 2**31 - 1)]
+        want = [
+            int(v) for v in np.clip(np.nan_to_num(function(x.astype(np.float64)), nan=0), -(2**31), 2**31 - 1)
+        ]
         assert got.tolist() == want
 
 
@@ -184,10 +207,16 @@ def test_integer_conversions():
     x = RNG.integers(-(2**53), 2**53, 64)
     assert_rounds(elementwise("cvt.rn.f32.s64 %0, %1;", np.uint32, x), x, "f32", "rn")
     y = RNG.integers(0, 2**32, 64, dtype=np.uint32)
-    np.testing.assert_array_equal(elementwise("cvt.s64.s32 %0, %1;", np.int64, y), y.view(np.int32).astype(np.int64))
+    np.testing.assert_array_equal(
+        elementwise("cvt.s64.s32 %0, %1;", np.int64, y), y.view(np.int32).astype(np.int64)
+    )
     np.testing.assert_array_equal(elementwise("cvt.u64.u32 %0, %1;", np.uint64, y), y.astype(np.uint64))
-    np.testing.assert_array_equal(elementwise("cvt.s32.s8 %0, %1;", np.int32, y), y.astype(np.uint8).view(np.int8))
-    np.testing.assert_array_equal(elementwise("cvt.sat.u8.s32 %0, %1;", np.uint32, y), np.clip(y.view(np.int32), 0, 255))
+    np.testing.assert_array_equal(
+        elementwise("cvt.s32.s8 %0, %1;", np.int32, y), y.astype(np.uint8).view(np.int8)
+    )
+    np.testing.assert_array_equal(
+        elementwise("cvt.sat.u8.s32 %0, %1;", np.uint32, y), np.clip(y.view(np.int32), 0, 255)
+    )
 
 
 def test_int64_to_f32_has_no_double_rounding():

@@ -6,11 +6,14 @@ import pytest
 from .harness import elementwise
 
 RNG = np.random.default_rng()
-EDGES = {32: [0, 1, 2, 31, 32, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0x12345678], 64: [0, 1, 63, 2**31, 2**63, 2**64 - 1, 2**63 - 1]}
+EDGES = {
+    32: [0, 1, 2, 31, 32, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0x12345678],
+    64: [0, 1, 63, 2**31, 2**63, 2**64 - 1, 2**63 - 1],
+}
 
 
 def values(bits, n=64):
-    edges = [e for e in EDGES.get(bits, [0, 1, 0x7FFF, 0x8000, 0xFFFF])]
+    edges = list(EDGES.get(bits, [0, 1, 0x7FFF, 0x8000, 0xFFFF]))
     draw = RNG.integers(0, 2**bits, n - len(edges), dtype=np.uint64).tolist()
     mixed = edges + draw
     RNG.shuffle(mixed)
@@ -124,7 +127,9 @@ def test_bfe(bits, kind):
 def test_bfi(bits):
     f, base, pos, count = values(bits), values(bits), SMALL(), SMALL()
     got = elementwise(f"bfi.b{bits} %0, %1, %2, %3, %4;", f.dtype, f, base, pos, count)
-    for a, b, p, n, d in zip(f.tolist(), base.tolist(), pos.tolist(), count.tolist(), got.tolist(), strict=True):
+    for a, b, p, n, d in zip(
+        f.tolist(), base.tolist(), pos.tolist(), count.tolist(), got.tolist(), strict=True
+    ):
         want = b
         for i in range(n):
             if p + i < bits:
@@ -136,7 +141,9 @@ def test_lop3_and_prmt():
     for table in (0x96, 0xE8, 0x40, 0xFE, int(RNG.integers(256))):
 
         def bitwise(a, b, c, table=table):
-            return sum((table >> ((a >> i & 1) * 4 + (b >> i & 1) * 2 + (c >> i & 1)) & 1) << i for i in range(32))
+            return sum(
+                (table >> ((a >> i & 1) * 4 + (b >> i & 1) * 2 + (c >> i & 1)) & 1) << i for i in range(32)
+            )
 
         check(f"lop3.b32 %0, %1, %2, %3, {table};", 32, bitwise, 3)
 
@@ -153,7 +160,13 @@ def test_lop3_and_prmt():
 
 
 def test_funnel_shift_and_counts():
-    check("shf.l.wrap.b32 %0, %1, %2, %3;", 32, lambda a, b, n: ((b << 32 | a) << (n & 31)) >> 32, 2, last=SMALL())
+    check(
+        "shf.l.wrap.b32 %0, %1, %2, %3;",
+        32,
+        lambda a, b, n: ((b << 32 | a) << (n & 31)) >> 32,
+        2,
+        last=SMALL(),
+    )
     check("shf.r.clamp.b32 %0, %1, %2, %3;", 32, lambda a, b, n: (b << 32 | a) >> min(n, 32), 2, last=SMALL())
     for bits in (32, 64):
         check(f"popc.b{bits} %0, %1;", bits, lambda a: a.bit_count(), 1, 32)
@@ -162,7 +175,9 @@ def test_funnel_shift_and_counts():
     check("bfind.u32 %0, %1;", 32, lambda a: a.bit_length() - 1, 1)
 
 
-@pytest.mark.parametrize(("name", "test"), [("lt", int.__lt__), ("ge", int.__ge__), ("ne", int.__ne__), ("eq", int.__eq__)])
+@pytest.mark.parametrize(
+    ("name", "test"), [("lt", int.__lt__), ("ge", int.__ge__), ("ne", int.__ne__), ("eq", int.__eq__)]
+)
 @pytest.mark.parametrize("kind", ["s", "u"])
 def test_setp_selp(name, test, kind):
     convert = (lambda v: S(v, 32)) if kind == "s" else int

@@ -50,7 +50,9 @@ def load_fragments(name, pointer, count):
     return "\n".join(lines + [f"ld.global.b32 %r{name + i}, [%at0+{4 * i}];" for i in range(count)])
 
 
-@pytest.mark.parametrize(("typ", "k"), [("f16", 16), ("bf16", 16), ("tf32", 8), ("f16", 8), ("bf16", 8), ("tf32", 4)])
+@pytest.mark.parametrize(
+    ("typ", "k"), [("f16", 16), ("bf16", 16), ("tf32", 8), ("f16", 8), ("bf16", 8), ("tf32", 4)]
+)
 def test_mma(typ, k):
     a_codes, a = codes(RNG.standard_normal((16, k)).astype(np.float32), typ)
     b_codes, b = codes(RNG.standard_normal((k, 8)).astype(np.float32), typ)
@@ -89,7 +91,9 @@ def test_mma(typ, k):
 
 def test_mma_of_a_wrong_shape_is_refused():
     with pytest.raises(UnsupportedInstruction):
-        run("mma.sync.aligned.m16n8k16.row.col.f32.tf32.tf32.f32 {%f0,%f1,%f2,%f3}, {%r0,%r1,%r2,%r3}, {%r4,%r5}, {%f0,%f1,%f2,%f3};")
+        run(
+            "mma.sync.aligned.m16n8k16.row.col.f32.tf32.tf32.f32 {%f0,%f1,%f2,%f3}, {%r0,%r1,%r2,%r3}, {%r4,%r5}, {%f0,%f1,%f2,%f3};"
+        )
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
@@ -113,14 +117,18 @@ def test_ldmatrix(count, transposed):
         mad.lo.u64 %at1, %wide, 4, %ptr1;
         ld.global.u32 %r21, [%at1];
         add.u32 %r21, %r21, %r20;
-        ldmatrix.sync.aligned.m8n8.x{count}{'.trans' if transposed else ''}.shared.b16 {regs}, [%r21];
+        ldmatrix.sync.aligned.m8n8.x{count}{".trans" if transposed else ""}.shared.b16 {regs}, [%r21];
         mad.lo.u64 %at2, %wide, {4 * count}, %ptr2;
         """ + "\n".join(f"st.global.b32 [%at2+{4 * i}], %r{i};" for i in range(count))
     run(body, In(memory), In(where), Out(out), shared=512)
     for lane in range(32):
         for i in range(count):
             row, column = lane // 4, 2 * (lane % 4)
-            pair = matrices[i, [column, column + 1], row] if transposed else matrices[i, row, [column, column + 1]]
+            pair = (
+                matrices[i, [column, column + 1], row]
+                if transposed
+                else matrices[i, row, [column, column + 1]]
+            )
             assert out[lane, i] == int(pair[0]) | int(pair[1]) << 16
 
 
@@ -129,10 +137,10 @@ def test_stmatrix_is_the_inverse_of_ldmatrix(transposed):
     fragments = RNG.integers(0, 2**32, (32, 4), dtype=np.uint32)
     out = np.zeros((4, 8, 8), np.uint16)
     body = f"""
-        {load_fragments(0, '%ptr0', 4)}
+        {load_fragments(0, "%ptr0", 4)}
         mov.u32 %r20, sm;
         mad.lo.u32 %r21, %tid, 16, %r20;
-        stmatrix.sync.aligned.m8n8.x4{'.trans' if transposed else ''}.shared.b16 [%r21], {{%r0, %r1, %r2, %r3}};
+        stmatrix.sync.aligned.m8n8.x4{".trans" if transposed else ""}.shared.b16 [%r21], {{%r0, %r1, %r2, %r3}};
         ld.shared.v4.b32 {{%r4, %r5, %r6, %r7}}, [%r21];
         mad.lo.u64 %at1, %wide, 16, %ptr1;
         st.global.v4.b32 [%at1], {{%r4, %r5, %r6, %r7}};
@@ -210,15 +218,15 @@ def test_wgmma(width, k_major, lead, stride, a_in_registers):
         mad.lo.u64 %at0, %wide, 16, %ptr0;
         mov.u32 %r21, sm;
         mad.lo.u32 %r20, %tid, 16, %r21;
-        {' '.join(copy)}
-        {load_fragments(100, '%ptr1', 4)}
+        {" ".join(copy)}
+        {load_fragments(100, "%ptr1", 4)}
         fence.proxy.async.shared::cta;
         bar.sync 0;
         shr.u32 %r22, %r21, 4;
         cvt.u64.u32 %d1, %r22;
         or.b64 %d1, %d1, {fields};
         add.u64 %d2, %d1, 512;
-        {' '.join(f'mov.f32 %f{i}, 0f3F800000;' for i in range(32))}
+        {" ".join(f"mov.f32 %f{i}, 0f3F800000;" for i in range(32))}
         mov.pred %p1, 1;
         wgmma.fence.sync.aligned;
         wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {acc}, {first}, %d2, 0, {flags};
@@ -254,13 +262,15 @@ def test_wrong_fragment_index_is_visible():
     for order in ("%r0, %r1, %r2, %r3", "%r1, %r0, %r2, %r3"):
         d = np.zeros((32, 4), np.float32)
         body = f"""
-            {load_fragments(0, '%ptr0', 4)} {load_fragments(10, '%ptr1', 2)}
+            {load_fragments(0, "%ptr0", 4)} {load_fragments(10, "%ptr1", 2)}
             mov.f32 %f9, 0f00000000;
             mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {{%f0, %f1, %f2, %f3}}, {{{order}}}, {{%r10, %r11}},
                 {{%f9, %f9, %f9, %f9}};
             mad.lo.u64 %at0, %wide, 16, %ptr2;
             st.global.v4.f32 [%at0], {{%f0, %f1, %f2, %f3}};"""
         run(body, In(lanes.view(np.uint32)), In(identity.view(np.uint32)), Out(d))
-        results.append(np.array([[d[lane, i] == a[c_element(lane, i)] for i in range(4)] for lane in range(32)]))
+        results.append(
+            np.array([[d[lane, i] == a[c_element(lane, i)] for i in range(4)] for lane in range(32)])
+        )
     assert results[0].all()
     assert not results[1].any()

@@ -33,7 +33,9 @@ def test_every_width_and_extension():
 @pytest.mark.parametrize("offset", [-4, 4 * 32])
 def test_out_of_bounds_by_one(offset):
     x = np.zeros(32, np.float32)
-    with pytest.raises(MemoryFault, match=r"out of bounds: 4 bytes at address 0x\w+, \d+ bytes outside buffer 'p0'"):
+    with pytest.raises(
+        MemoryFault, match=r"out of bounds: 4 bytes at address 0x\w+, \d+ bytes outside buffer 'p0'"
+    ):
         run(f"ld.global.u32 %r1, [%ptr0+{offset}];", x)
     with pytest.raises(MemoryFault, match="out of bounds"):
         run(f"st.global.u32 [%ptr0+{offset}], %tid;", x)
@@ -142,7 +144,9 @@ def test_write_after_write():
 
 
 def test_half_words_of_one_word_are_no_race():
-    body = "mov.u32 %r20, sm; mad.lo.u32 %r21, %tid, 2, %r20; cvt.u16.u32 %h1, %tid; st.shared.b16 [%r21], %h1;"
+    body = (
+        "mov.u32 %r20, sm; mad.lo.u32 %r21, %tid, 2, %r20; cvt.u16.u32 %h1, %tid; st.shared.b16 [%r21], %h1;"
+    )
     order = "shr.u32 %r1, %tid, 5; and.b32 %r2, %tid, 31; mad.lo.u32 %r3, %r2, 2, %r1; mad.lo.u32 %r21, %r3, 2, %r20;"
     run(body.replace("cvt.u16", order + "cvt.u16"), threads=64, shared=128)
 
@@ -154,11 +158,19 @@ NAMED = f"""{SHARED} setp.lt.u32 %p1, %tid, 32; @%p1 bra CONSUME;
 
 
 def test_named_barriers_order_those_who_take_part():
-    run(NAMED.replace("PRODUCED", "bar.arrive 3, 64;").replace("WAIT", "bar.sync 3, 64;"), threads=64, shared=256)
+    run(
+        NAMED.replace("PRODUCED", "bar.arrive 3, 64;").replace("WAIT", "bar.sync 3, 64;"),
+        threads=64,
+        shared=256,
+    )
     with pytest.raises((RaceFault, MemoryFault)):
         run(NAMED.replace("PRODUCED", "").replace("WAIT", ""), threads=64, shared=256)
     with pytest.raises(Deadlock, match="32 threads wait at a barrier"):
-        run(NAMED.replace("PRODUCED", "bar.arrive 2, 64;").replace("WAIT", "bar.sync 3, 64;"), threads=64, shared=256)
+        run(
+            NAMED.replace("PRODUCED", "bar.arrive 2, 64;").replace("WAIT", "bar.sync 3, 64;"),
+            threads=64,
+            shared=256,
+        )
 
 
 def test_named_barrier_does_not_order_third_parties():
@@ -194,7 +206,13 @@ COPY = f"""{SHARED} mad.lo.u64 %at0, %wide, 16, %ptr0; mad.lo.u32 %r23, %tid, 16
 
 def copy(wait, size="16", second="", **options):
     x, out = RNG.integers(0, 99, 128).astype(np.int32), np.zeros(128, np.int32)
-    run(COPY.replace("WAIT", wait).replace("SIZE", size).replace("SECOND", second), In(x), Out(out), shared=1024, **options)
+    run(
+        COPY.replace("WAIT", wait).replace("SIZE", size).replace("SECOND", second),
+        In(x),
+        Out(out),
+        shared=1024,
+        **options,
+    )
     return x, out
 
 
@@ -240,7 +258,8 @@ def test_atomics_with_collisions():
 
 
 @pytest.mark.parametrize(
-    ("op", "want"), [("min.s32", -3), ("max.s32", 28), ("exch.b32", 28), ("or.b32", -1), ("inc.u32", 0), ("and.b32", 0)]
+    ("op", "want"),
+    [("min.s32", -3), ("max.s32", 28), ("exch.b32", 28), ("or.b32", -1), ("inc.u32", 0), ("and.b32", 0)],
 )
 def test_atomic_operations(op, want):
     x = np.array([0 if op in ("min.s32", "max.s32", "or.b32") else 5], np.int32)
@@ -268,17 +287,24 @@ def test_atomic_into_unwritten_output_is_a_fault():
 
 
 def test_launch_arguments():
-    text = HEADER + """.visible .entry k(.param .align 8 .b8 s[32], .param .u32 n, .param .f32 f, .param .u64 q) {
+    text = (
+        HEADER
+        + """.visible .entry k(.param .align 8 .b8 s[32], .param .u32 n, .param .f32 f, .param .u64 q) {
         .reg .b32 %r<8>; .reg .b64 %d<8>;
         mov.b64 %d1, s; ld.param.u64 %d2, [%d1+8]; ld.param.u32 %r1, [s+4]; ld.param.u32 %r2, [n]; ld.param.b32 %r3, [f];
         st.global.u32 [%d2], %r1; st.global.u32 [%d2+4], %r2; st.global.b32 [%d2+8], %r3; ret; }"""
+    )
     out = np.zeros(3, np.uint32)
     run_ptx(text, grid=1, block=1, args=[Struct(("b", 1), ("i", -2), (None, out), ("d", 0.5)), 7, 1.0, None])
     assert out.tolist() == [2**32 - 2, 7, 0x3F800000]
-    for args, message in (([], "4 parameters"), ([bytes(31), 1, 1.0, None], "32 bytes"), ([bytes(32), 2**32, 1.0, None], "can't take")):
+    for args, message in (
+        ([], "4 parameters"),
+        ([bytes(31), 1, 1.0, None], "32 bytes"),
+        ([bytes(32), 2**32, 1.0, None], "can't take"),
+    ):
         with pytest.raises(LaunchError, match=message):
             run_ptx(text, grid=1, block=1, args=args)
-    with pytest.raises(LaunchError, match="no .reqntid"):
+    with pytest.raises(LaunchError, match=r"no \.reqntid"):
         run_ptx(text, grid=1, args=[bytes(32), 1, 1.0, None])
 
 
@@ -289,7 +315,9 @@ def test_grid_indices_over_several_groups():
         mad.lo.u32 %r7, %r3, 100, %r1; mad.lo.u32 %r7, %r2, 10, %r7; setp.eq.u32 %p1, %tid, 0; @%p1 st.global.u32 [%at0], %r7;"""
     for threads in (32, 96, 4096):
         run(body, Out(out), grid=(5, 3, 2), group_threads=threads)
-        assert out.tolist() == [[[100 * z + 10 * y + x for x in range(5)] for y in range(3)] for z in range(2)]
+        assert out.tolist() == [
+            [[100 * z + 10 * y + x for x in range(5)] for y in range(3)] for z in range(2)
+        ]
 
 
 def test_statistics():

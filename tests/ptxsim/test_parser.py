@@ -49,7 +49,7 @@ def test_unknown_opcode_names_the_line():
 
 
 def test_unknown_modifier_is_an_error():
-    with pytest.raises(UnsupportedInstruction, match="modifier .bogus"):
+    with pytest.raises(UnsupportedInstruction, match=r"modifier \.bogus"):
         run("add.bogus.s32 %r1, %r2, %r3;")
 
 
@@ -66,9 +66,13 @@ def test_not_ptx():
 
 
 def test_module_variables_are_readable_and_constants_not_writable():
-    text = HEADER + ".global .align 4 .b8 t[8] = {1, 0, 0, 0, 7, 0, 0, 0};\n" + kernel(
-        "mov.u64 %d1, t; ld.global.u32 %r1, [t+4]; st.global.u32 [%ptr0], %r1;", [0], threads=1
-    ).replace(HEADER, "")
+    text = (
+        HEADER
+        + ".global .align 4 .b8 t[8] = {1, 0, 0, 0, 7, 0, 0, 0};\n"
+        + kernel(
+            "mov.u64 %d1, t; ld.global.u32 %r1, [t+4]; st.global.u32 [%ptr0], %r1;", [0], threads=1
+        ).replace(HEADER, "")
+    )
     out = np.zeros(1, np.uint32)
     run_ptx(text, grid=1, args=[out])
     assert out[0] == 7

@@ -47,7 +47,9 @@ def test_votes_and_match():
     x = RNG.integers(0, 4, 64).astype(np.uint32)
     ballot = elementwise("setp.eq.u32 %p1, %1, 2; vote.sync.ballot.b32 %0, %p1, -1;", np.uint32, x)
     match = elementwise("match.any.sync.b32 %0, %1, -1;", np.uint32, x)
-    some = elementwise("setp.eq.u32 %p1, %1, 9; vote.sync.any.pred %p2, %p1, -1; selp.b32 %0, 1, 0, %p2;", np.uint32, x)
+    some = elementwise(
+        "setp.eq.u32 %p1, %1, 9; vote.sync.any.pred %p2, %p1, -1; selp.b32 %0, 1, 0, %p2;", np.uint32, x
+    )
     for lane in range(64):
         warp = x[lane // 32 * 32 :][:32]
         assert ballot[lane] == sum(1 << i for i in range(32) if warp[i] == 2)

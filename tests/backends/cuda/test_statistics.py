@@ -1,6 +1,6 @@
 """What nvcc made of the kernels: no spills, a matrix instruction for each product, the table's main loops.
 
-The table is checked in so that a change shows in a diff; `PYTHONPATH=. python tests/backends/cuda/test_statistics.py` prints one.
+The table is checked in so that a change shows in a diff. Run as a script (PYTHONPATH=.) this file prints it.
 """
 
 from __future__ import annotations

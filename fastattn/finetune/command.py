@@ -40,6 +40,7 @@ DEFAULTS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.argument_default = argparse.SUPPRESS
+    parser.epilog = "In parentheses: what holds unless you say otherwise."
     data = parser.add_argument_group("what to learn from")
     data.add_argument(
         "--task", choices=["sentiment", "topics", "reuters8", "reuters52"], help="a built-in task (reuters8)"

@@ -55,7 +55,7 @@ def build(folder: Path, dims: str, types: str, variants: str, *, real_runtime: b
         "-DCMAKE_CUDA_ARCHITECTURES=80-virtual", f"-DCMAKE_CUDA_RUNTIME_LIBRARY={runtime[0]}",
         f"-DFASTATTN_CUDA_DIMS={dims}", f"-DFASTATTN_CUDA_TYPES={types}",
         f"-DFASTATTN_CUDA_VARIANTS={variants}", f"-DFASTATTN_CUDA_TEST_SOURCES={runtime[1]}",
-        f"-DCMAKE_CUDA_FLAGS=--keep --keep-dir {folder}",
+        "-DCMAKE_CUDA_FLAGS=--keep --keep-dir .",
     ]  # fmt: skip
     for command in (configure, ["cmake", "--build", folder]):
         done = subprocess.run([os.fspath(part) for part in command], capture_output=True, text=True)

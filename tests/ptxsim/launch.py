@@ -107,7 +107,7 @@ def _argument(param, value, memory):
     mode = "inout"
     if isinstance(value, In | Out):
         mode, value = ("in" if isinstance(value, In) else "out"), value.array
-    if value is None or hasattr(value, "shape") and not isinstance(value, np.generic):
+    if value is None or (hasattr(value, "shape") and not isinstance(value, np.generic)):
         if param.size != 8:
             raise LaunchError(f"parameter {param.name} is {param.size} bytes, not a pointer")
         address = 0 if value is None else memory.add(as_numpy(value), mode, param.name).address

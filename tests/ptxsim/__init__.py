@@ -16,6 +16,7 @@ from .machine import Options
 from .memory import In, Out
 from .parser import parse
 from .report import Report
+from .tensormap import TensorMap
 
 __all__ = [
     "Deadlock",
@@ -29,6 +30,7 @@ __all__ = [
     "RaceFault",
     "Report",
     "Struct",
+    "TensorMap",
     "Timeout",
     "UnsupportedInstruction",
     "compile_cuda",

@@ -3,7 +3,10 @@
 import shutil
 import subprocess
 import tempfile
+from math import prod
 from pathlib import Path
+
+import numpy as np
 
 from .errors import LaunchError
 from .launch import run_ptx
@@ -126,13 +129,16 @@ def launch_triton(compiled, args, *, grid, ptx=None, **options):
         if typ != "constexpr" and (source.fn.arg_names.index(name),) not in source.constants:
             values.append(_plain(args[name]))
     meta = compiled.metadata
-    if getattr(meta, "global_scratch_size", 0):
-        raise LaunchError("kernels with global scratch memory are not supported")
+    scratch = None
+    if meta.global_scratch_size:
+        scratch = Out(
+            np.zeros(meta.global_scratch_size * prod(grid if isinstance(grid, tuple) else (grid,)), np.uint8)
+        )
     return run_ptx(
         ptx or compiled.asm["ptx"],
         meta.name,
         grid=grid,
-        args=[*values, None, None],
+        args=[*values, scratch, None],
         shared=meta.shared,
         **options,
     )

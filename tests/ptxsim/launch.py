@@ -11,6 +11,7 @@ from .machine import Machine, Options
 from .memory import GlobalMemory, In, Out, as_numpy
 from .parser import Module, parse
 from .report import Report
+from .tensormap import BYTES, TensorMap
 
 SCALARS = {
     "u8": "B", "s8": "b", "b8": "B", "u16": "H", "s16": "h", "b16": "H", "u32": "I", "s32": "i", "b32": "I",
@@ -112,6 +113,10 @@ def _argument(param, value, memory):
             raise LaunchError(f"parameter {param.name} is {param.size} bytes, not a pointer")
         address = 0 if value is None else memory.add(as_numpy(value), mode, param.name).address
         return struct.pack("<Q", address)
+    if isinstance(value, TensorMap):
+        if param.size != BYTES:
+            raise LaunchError(f"parameter {param.name} is {param.size} bytes, not a tensor map")
+        return value.encode(memory.add(as_numpy(value.array), mode, param.name).address)
     if isinstance(value, Struct):
         return _struct(param, value, memory)
     if isinstance(value, bytes):

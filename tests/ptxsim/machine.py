@@ -25,7 +25,7 @@ WAITS = {
     AT_MBARRIER: "for an mbarrier phase",
 }
 RESCHEDULE = -1
-SPIN_LIMIT = 256
+SPIN_LIMIT = 16
 NEVER = np.iinfo(np.int32).max
 
 
@@ -64,7 +64,7 @@ class Machine:
         self.shared = SharedMemory(self, layout.shared_size, layout.granule, options.detect_races)
         self.local = np.empty(self.threads * max(layout.local_size, 1), np.uint8)
         self.report = report or Report(kernel)
-        self.hooks_exit, self.hooks_reset = [], []
+        self.hooks_exit, self.hooks_reset, self.hooks_stuck = [], [], []
         self.barriers = np.zeros((blocks, 16), np.int64)
         self.code = self._bind()
 
@@ -234,6 +234,8 @@ class Machine:
                 runnable = yielded
             elif (self.status == EXITED).all():
                 return None
+            elif any([hook() for hook in self.hooks_stuck]):
+                return self._schedule()
             else:
                 self._deadlock()
         pcs = self.pcs[runnable]
@@ -250,7 +252,7 @@ class Machine:
         for status, text in WAITS.items():
             for pc in np.unique(self.pcs[self.status == status]):
                 who = np.flatnonzero((self.status == status) & (self.pcs == pc))
-                instr = self.kernel.instrs[max(int(pc) - (status != AT_WARP), 0)]
+                instr = self.kernel.instrs[max(int(pc) - (status == AT_BARRIER), 0)]
                 lines.append(
                     f"{len(who)} threads wait {text} at line {instr.line}: {instr.text}; first {self.thread_name(who[0])}"
                 )

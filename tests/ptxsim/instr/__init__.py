@@ -3,6 +3,7 @@
 from . import (  # noqa: F401
     async_copy,
     barrier,
+    bulk,
     compare,
     control,
     convert,
@@ -10,6 +11,7 @@ from . import (  # noqa: F401
     half,
     integer,
     matrix,
+    mbarrier,
     memory_ops,
     warp,
     wgmma,

@@ -7,43 +7,47 @@ from .. import access
 from ..decode import handles
 from ..errors import UnsupportedInstruction
 from ..parser import Reg
+from ..pending import Groups
+from .bulk import bulk
+from .mbarrier import arrive_after_copies
 
 
 class Copies:
-    """cp.async operations in flight, and how many groups each thread has committed."""
+    """cp.async operations in flight: (threads, offsets, width, values, group of each thread)."""
 
     def __init__(self, machine):
-        self.machine = machine
-        machine.hooks_reset.append(self.reset)
-        self.reset()
-
-    def reset(self):
-        self.committed = np.zeros(self.machine.threads, np.int64)
-        self.flying = []  # (threads, offsets, width, values, group of each thread)
+        self.machine, self.groups, self.flying = machine, Groups(machine), []
+        machine.hooks_reset.append(self.flying.clear)
 
     def issue(self, threads, off, width, values):
-        self.flying.append((threads, off, width, values, self.committed[threads].copy()))
-
-    def commit(self):
-        self.committed[self.machine.active()] += 1
+        self.flying.append((threads, off, width, values, self.groups.current(threads)))
 
     def wait(self, pending):
         """Active threads wait until at most `pending` of their latest groups are in flight; None for everything."""
-        active = self.machine.mask_array()
-        kept = []
-        for threads, off, width, values, group in self.flying:
-            done = active[threads]
-            if pending is not None:
-                done = done & (group < self.committed[threads] - pending)
-            if done.all():
-                self.machine.shared.land(off, width, threads, values)
-            elif done.any():
-                self.machine.shared.land(off[done], width, threads[done], values[done])
-                rest = ~done
-                kept.append((threads[rest], off[rest], width, values[rest], group[rest]))
-            else:
-                kept.append((threads, off, width, values, group))
-        self.flying = kept
+        self.land(self._split(lambda threads, group: self.groups.done(threads, group, pending)))
+
+    def take(self, threads):
+        """Everything these threads have in flight, no longer waited for by groups."""
+        return self._split(lambda mine, group: np.isin(mine, threads))
+
+    def land(self, flights):
+        for threads, off, width, values, _ in flights:
+            self.machine.shared.land(off, width, threads, values)
+
+    def _split(self, wanted):
+        """Remove and return the operations, or parts of them, that `wanted` marks."""
+        taken, kept = [], []
+        for flight in self.flying:
+            threads, off, width, values, group = flight
+            chosen = wanted(threads, group)
+            if chosen.all():
+                taken.append(flight)
+                continue
+            for to, mask in ((taken, chosen), (kept, ~chosen)):
+                if mask.any():
+                    to.append((threads[mask], off[mask], width, values[mask], group[mask]))
+        self.flying[:] = kept
+        return taken
 
 
 def copies(machine):
@@ -55,12 +59,14 @@ def copies(machine):
 @handles("cp")
 def cp(machine, instr, mods, index):
     mods.need("async")
-    if mods.take("bulk", "mbarrier"):
-        raise UnsupportedInstruction(f"{instr.name} is not implemented", instr)
+    if mods.flag("bulk"):
+        return bulk(machine, instr, mods, index)
     state = copies(machine)
+    if mods.flag("mbarrier"):
+        return arrive_after_copies(machine, instr, mods, state)
     if mods.flag("commit_group"):
         mods.done()
-        return state.commit
+        return state.groups.commit
     if mods.flag("wait_all"):
         mods.done()
         return lambda: state.wait(None)

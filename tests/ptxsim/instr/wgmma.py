@@ -13,6 +13,7 @@ from ..descriptors import Descriptor
 from ..errors import UnsupportedInstruction
 from ..operands import UNDEFINED
 from ..parser import Imm, Reg, Vec
+from ..pending import Groups, PendingReads
 from .matrix import decode_elements
 from .warp import collective
 
@@ -35,7 +36,7 @@ def wgmma(machine, instr, mods, index):
     if kind == "fence":
         return lambda: None
     if kind == "commit_group":
-        return state.commit
+        return state.groups.commit
     pending = instr.operands[0].value
     return collective(machine, index, lambda: state.wait(pending), span=GROUP)
 
@@ -43,7 +44,6 @@ def wgmma(machine, instr, mods, index):
 def _state(machine):
     if not hasattr(machine, "wgmma"):
         machine.wgmma = _InFlight(machine)
-        machine.hooks_reset.append(machine.wgmma.reset)
     return machine.wgmma
 
 
@@ -58,16 +58,12 @@ class _Accumulator:
 
 
 class _InFlight:
+    """Accumulators and shared-memory reads of products that have not been waited for."""
+
     def __init__(self, machine):
-        self.machine = machine
-        self.reset()
-
-    def reset(self):
-        self.accumulators, self.reads = {}, []
-        self.committed = np.zeros(self.machine.threads, np.int64)
-
-    def commit(self):
-        self.committed[self.machine.active()] += 1
+        self.machine, self.groups, self.accumulators = machine, Groups(machine), {}
+        self.reads = PendingReads(machine, self.groups)
+        machine.hooks_reset.append(self.accumulators.clear)
 
     def current(self, names, registers, threads, instr):
         """Accumulator values, those of products in flight included: such products run in order."""
@@ -85,36 +81,25 @@ class _InFlight:
         known = self.accumulators.setdefault(names, _Accumulator(names, self.machine.threads))
         known.values[:, threads] = values
         known.flying[threads] = True
-        known.group[threads] = self.committed[threads]
+        known.group[threads] = self.groups.current(threads)
         for r in registers:
             r.view(np.uint32)[threads] = UNDEFINED[4]
 
     def note_reads(self, off, threads, instr):
-        """16-byte reads that go on until the group is waited for, by every warp of the warpgroup."""
+        """Reads by every warp of the warpgroups whose first threads these are."""
         every = np.concatenate([threads + 32 * w for w in range(4)])
-        self.machine.shared.note_read(np.tile(off, 4), 16, every, instr, asynchronous=True)
-        self.reads.append((np.tile(off, 4), every, self.committed[every].copy()))
+        self.reads.note(np.tile(off, 4), every, instr)
 
     def wait(self, pending):
-        m = self.machine
-        active = m.mask_array()
-        done_before = self.committed - pending
+        machine = self.machine
         for known in self.accumulators.values():
-            done = known.flying & active & (known.group < done_before)
+            done = known.flying & self.groups.done(machine.everyone, known.group, pending)
             if not done.any():
                 continue
             for name, values in zip(known.names, known.values, strict=True):
-                np.copyto(m.operands.registers[name].view(np.float32), values, where=done)
+                np.copyto(machine.operands.registers[name].view(np.float32), values, where=done)
             known.flying &= ~done
-        races, kept = m.shared.races, []
-        for off, threads, group in self.reads:
-            done = active[threads] & (group < done_before[threads])
-            races.finish_reads(off[done] // 16, 16, m.block_of[threads[done]], m.warp_of[threads[done]])
-            if not done.all():
-                kept.append((off[~done], threads[~done], group[~done]))
-        self.reads = kept
-        for off, threads, _ in kept:
-            races.resume_reads(off // 16, 16, m.block_of[threads], m.warp_of[threads])
+        self.reads.wait(pending)
 
 
 class _Product:

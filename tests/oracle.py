@@ -189,14 +189,18 @@ def _magnitudes(case: Case, tensors: dict[str, Tensor], upstream: dict[str, Tens
     of_dscore += largest(upstream["lse"]) if case.use_lse else 0.0
     # Backward recomputes weights as exp(s - lse): the exponent's absolute error is their relative one.
     of_weight = 1.0 + of_score * torch.finfo(torch.float32).eps / torch.finfo(case.dtype).eps
+    # Sums over queries gather one error per term, as a random walk does.
+    queries = max((pair[0] for pair in case.lengths), default=0)
+    of_kv = of_weight * (queries * case.group) ** 0.5
+    of_bias = of_weight * (queries * case.heads * len(case.lengths)) ** 0.5
     return {
         "out": kept * largest(tensors["v"]),
         "lse": 1.0 + of_score,
         "dq": of_weight * scale * of_dscore * largest(tensors["k"]),
-        "dk": of_weight * scale * of_dscore * largest(tensors["q"]),
-        "dv": of_weight * kept * largest(upstream["out"]),
-        "dbias": of_weight * of_dscore,
-        "drelative_bias": of_weight * of_dscore,
+        "dk": of_kv * scale * of_dscore * largest(tensors["q"]),
+        "dv": of_kv * kept * largest(upstream["out"]),
+        "dbias": of_bias * of_dscore,
+        "drelative_bias": of_bias * of_dscore,
     }
 
 

@@ -234,7 +234,7 @@ class Machine:
                 runnable = yielded
             elif (self.status == EXITED).all():
                 return None
-            elif any([hook() for hook in self.hooks_stuck]):
+            elif sum(hook() for hook in self.hooks_stuck):  # every hook runs
                 return self._schedule()
             else:
                 self._deadlock()

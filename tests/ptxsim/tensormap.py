@@ -53,9 +53,11 @@ class TensorMap:
                 f"a box's row is {inner} bytes: a multiple of 16, at most the swizzle's {self.swizzle}"
             )
         raw = bytearray(BYTES)
-        put = lambda name, values: struct.pack_into(
-            f"<{len(values)}{FIELDS[name][1]}", raw, FIELDS[name][0], *values
-        )  # noqa: E731
+
+        def put(name, values):
+            offset, code, _ = FIELDS[name]
+            struct.pack_into(f"<{len(values)}{code}", raw, offset, *values)
+
         put("global_address", [address])
         put("rank", [a.ndim - 1])
         put("elemtype", [ELEMENT_CODES[str(a.dtype)]])

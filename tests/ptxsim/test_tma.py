@@ -153,8 +153,8 @@ def test_triton_descriptors():
     assert report.count("cp.async.bulk.tensor") > 0
     np.testing.assert_array_equal(y, x + np.float16(1))
     ptx = compiled.asm["ptx"]
-    with pytest.raises(RaceFault, match="no fence.proxy.async"):
+    with pytest.raises(RaceFault, match=r"no fence\.proxy\.async"):
         launch_triton(compiled, args, grid=(3, 3), ptx=ptx.replace("fence.proxy.async.shared::cta;", ";"))
+    unwaited = re.sub(r"mbarrier\.try_wait[^;]*;", "mov.pred complete, 1;", ptx)
     with pytest.raises(RaceFault, match="has not been waited for"):
-        unwaited = re.sub(r"mbarrier\.try_wait[^;]*;", "mov.pred complete, 1;", ptx)
         launch_triton(compiled, args, grid=(3, 3), ptx=unwaited)

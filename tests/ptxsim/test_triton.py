@@ -201,7 +201,7 @@ def test_wgmma_needs_its_wait_and_its_fence():
     alive, count = survivors(case, r"wgmma\.wait_group\.sync\.aligned[^;]*;", lambda m: ";")
     assert count >= 2
     assert alive == []
-    with pytest.raises(RaceFault, match="no fence.proxy.async"):
+    with pytest.raises(RaceFault, match=r"no fence\.proxy\.async"):
         case.run(case.compiled.asm["ptx"].replace("fence.proxy.async.shared::cta;", ";"))
 
 

@@ -31,8 +31,12 @@ namespace {
 bool always() { return true; }
 #if defined(__x86_64__)
 bool has_f16c() {  // not a name that every compiler's __builtin_cpu_supports knows
-  unsigned a, b, c, d;
-  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+  // Asked once: in a virtual machine cpuid leaves it for the host, which costs microseconds.
+  static const bool answer = [] {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+  }();
+  return answer;
 }
 [[maybe_unused]] bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();

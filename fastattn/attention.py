@@ -235,9 +235,9 @@ def normalise(
 ) -> tuple[AttentionInputs, AttentionOptions]:  # fmt: skip
     """The arguments of a public function as the op takes them, types checked; `validate` checks the rest."""
     q = inputs.q
-    for name, tensor in zip("qkv", inputs[:3], strict=True):
-        if not isinstance(tensor, Tensor):
-            _check_tensor(name, tensor)
+    if not (isinstance(q, Tensor) and isinstance(inputs.k, Tensor) and isinstance(inputs.v, Tensor)):
+        for name in ("q", "k", "v"):
+            _check_tensor(name, getattr(inputs, name))
     if inputs[3:] != _NO_OPTIONAL_TENSORS:
         inputs = _check_optional(inputs)
     if dropout_p:

@@ -112,7 +112,7 @@ def _fp32(x: Tensor | None) -> Tensor | None:
 
 def _for_backend(inputs: AttentionInputs) -> AttentionInputs:
     """The inputs as backends are promised them. Copies only what lies differently."""
-    q, k, v, key_mask, bias, relative_bias, alibi_slopes, *rest = inputs
+    q, k, v, key_mask, bias, relative_bias, alibi_slopes, *offsets_and_seed = inputs
     if (
         q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
         and key_mask is relative_bias is alibi_slopes is None
@@ -121,7 +121,9 @@ def _for_backend(inputs: AttentionInputs) -> AttentionInputs:
     if key_mask is not None:
         key_mask = _unit_last_stride(key_mask)
     q, k, v = _unit_last_stride(q), _unit_last_stride(k), _unit_last_stride(v)
-    return AttentionInputs(q, k, v, key_mask, bias, _fp32(relative_bias), _fp32(alibi_slopes), *rest)
+    return AttentionInputs(
+        q, k, v, key_mask, bias, _fp32(relative_bias), _fp32(alibi_slopes), *offsets_and_seed
+    )
 
 
 def _compute_forward(

@@ -48,6 +48,12 @@ def test_a_missing_library_is_explained(tmp_path):
         open_library(tmp_path / "libfastattn_cpu.so")
 
 
+def test_a_library_left_out_on_request_is_said_to_be(tmp_path):
+    (tmp_path / "SKIPPED").write_text("installed with FASTATTN_SKIP_NATIVE=1.\n")
+    with pytest.raises(LibraryMissingError, match=r"FASTATTN_SKIP_NATIVE=1\. With a C\+\+ compiler"):
+        open_library(tmp_path / "libfastattn_cpu.so")
+
+
 def test_a_file_that_is_no_library_is_explained(tmp_path):
     path = tmp_path / "libfastattn_cpu.so"
     path.write_bytes(b"not a library")
@@ -82,6 +88,6 @@ def test_the_reference_runs_when_asked_for_and_then_alone(monkeypatch):
 
 def test_backends_lists_each_with_a_reason():
     statuses = {status.name: status for status in fastattn.backends()}
-    assert list(statuses) == ["cuda", "triton", "cpu", "reference"]
+    assert list(statuses) == ["triton", "cuda", "cpu", "reference"]
     assert all(status.available or status.reason for status in statuses.values())
     assert statuses["reference"].available

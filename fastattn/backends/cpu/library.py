@@ -22,8 +22,8 @@ class LibraryMissingError(Exception):
 def open_library(path: Path = PATH) -> ctypes.CDLL:
     """The library, its functions declared; LibraryMissingError says what to do otherwise."""
     if not path.exists():
-        skipped = path.with_name("SKIPPED")  # setup.py's note of a build that was asked to leave it out
-        reason = skipped.read_text(encoding="utf-8").strip() if skipped.exists() else f"{path.name} is missing."
+        note = path.with_name("SKIPPED")  # setup.py leaves it where it was asked to leave the library out
+        reason = note.read_text(encoding="utf-8").strip() if note.exists() else f"{path.name} is missing."
         raise LibraryMissingError(
             f"{reason} With a C++ compiler at hand: pip install --force-reinstall fastattn"
         )

@@ -9,8 +9,8 @@ from .backends import Backend
 from .errors import BackendUnavailableError, InvalidArgumentError, UnsupportedError
 from .problem import AttentionProblem
 
-# In the order "auto" tries them, each with the device it is for; no other is imported. Triton comes before CUDA
-# C++: no GPU has timed either yet, and the features of the first are proven more widely.
+# In the order "auto" tries them, each with the device it is for; no other is imported. Triton comes before
+# CUDA C++: no GPU has timed either yet, and the features of the first are proven more widely.
 _DEVICE_OF = {"triton": "cuda", "cuda": "cuda", "cpu": "cpu"}
 BACKEND_NAMES = ("auto", *_DEVICE_OF, "reference")
 

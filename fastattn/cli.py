@@ -22,6 +22,10 @@ COMMANDS = {
     ),
     "predict": ("fastattn.finetune.predict", "label texts with a fine-tuned model"),
     "bench": ("fastattn.bench.command", "time the kernels against torch and the machine's peak"),
+    "explain": (
+        "fastattn.explain_command",
+        "which kernel would compute attention of given shapes, and its cost",
+    ),
     "build-cuda": ("fastattn.build_cuda", "compile the CUDA kernels with nvcc into this installation"),
     "doctor": ("fastattn.doctor", "what this machine can do, and why it cannot do the rest"),
 }

@@ -33,7 +33,8 @@ export TOKENIZERS_PARALLELISM := false
 # The build tools of the environment are used wherever one is looked for on PATH.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help setup native lint format test-cpp test-python test test-all test-aarch64 finetune bench clean distclean
+.PHONY: help setup native lint format test-cpp test-python test test-all test-aarch64 families-table finetune \
+	bench clean distclean
 
 help: ## this list
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 22
@@ -89,6 +90,9 @@ test: setup lint test-cpp test-python ## set up once, then lint and C++ tests an
 
 test-all: setup lint test-cpp test-aarch64 ## `make test` and everything that is marked slow
 	$(PY) -m pytest --durations=15
+
+families-table: setup ## write what the tests of every model family find into docs/families.md
+	FASTATTN_WRITE_TABLES=1 $(PY) -m pytest -q tests/hf/test_hf_families.py
 
 finetune: setup ## set up once, then fine-tune a BERT with and without fastattn (at most 8 minutes on 2 cores)
 	$(call say,fastattn $(FINETUNE))

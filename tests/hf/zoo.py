@@ -1,6 +1,7 @@
 """Small seeded models and batches for the transformers tests, and how results are compared."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -154,3 +155,141 @@ def deviation(result: dict, expected: dict) -> dict[str, float]:
 def twin(model: nn.Module) -> nn.Module:
     """A copy that shares nothing."""
     return copy.deepcopy(model)
+
+
+# ---- the zoo: every family that patch supports, for the matrix in test_hf_families.py ----
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """Small models of one family."""
+
+    kind: str  # "encoder", "decoder", "vision" or "encoder-decoder": what is fed to it, see training_inputs
+    config: str  # class of its config
+    heads: tuple[str, ...]  # classes of models with a head; the first one generates and takes LoRA
+    settings: dict  # of the config
+    lora: tuple[str, ...] = ("q_proj", "v_proj")  # modules that LoRA adapts
+    # What transformers itself refuses to generate with, by its name in test_hf_families.GENERATE.
+    cannot_generate: tuple[str, ...] = ()
+
+
+_BERT_LIKE = {**_SIZES, "num_hidden_layers": 2, "num_labels": 3}
+_LLAMA_LIKE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "num_labels": 3,
+}
+_SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+def _heads(prefix: str, *heads: str) -> tuple[str, ...]:
+    return tuple(prefix + head for head in heads)
+
+
+ZOO = {
+    "bert": Specimen(
+        "encoder",
+        "BertConfig",
+        _heads("BertFor", "TokenClassification", "SequenceClassification", "MaskedLM"),
+        _BERT_LIKE,
+        ("query", "value"),
+    ),
+    "roberta": Specimen(
+        "encoder",
+        "RobertaConfig",
+        _heads("RobertaFor", "TokenClassification", "SequenceClassification", "MaskedLM"),
+        {**_BERT_LIKE, "max_position_embeddings": 70},
+        ("query", "value"),
+    ),
+    "distilbert": Specimen(
+        "encoder",
+        "DistilBertConfig",
+        _heads("DistilBertFor", "TokenClassification", "SequenceClassification", "MaskedLM"),
+        {
+            **{_DISTIL_NAMES.get(name, name): value for name, value in _BERT_LIKE.items()},
+            "seq_classif_dropout": 0.0,
+        },
+        ("q_lin", "v_lin"),
+    ),
+    "electra": Specimen(
+        "encoder",
+        "ElectraConfig",
+        _heads("ElectraFor", "TokenClassification", "SequenceClassification", "MaskedLM"),
+        {**_BERT_LIKE, "embedding_size": 24},
+        ("query", "value"),
+    ),
+    "gpt2": Specimen(
+        "decoder",
+        "GPT2Config",
+        ("GPT2LMHeadModel", "GPT2ForSequenceClassification"),
+        {
+            "vocab_size": VOCAB,
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 128,
+            "num_labels": 3,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+            "resid_pdrop": 0.0,
+            **_SPECIAL,
+        },
+        ("c_attn",),
+    ),
+    "llama": Specimen(
+        "decoder",
+        "LlamaConfig",
+        _heads("LlamaFor", "CausalLM", "SequenceClassification"),
+        {**_LLAMA_LIKE, **_SPECIAL},
+    ),
+}
+
+
+def specimen(name: str, head: str | None = None, seed: int = 0, **changes) -> nn.Module:
+    """A small model of that family in eval mode, unpatched, with eager attention; the first head if none is
+    named."""
+    kind = ZOO[name]
+    config = getattr(transformers, kind.config)(**{**kind.settings, **changes})
+    config._attn_implementation = "eager"
+    torch.manual_seed(seed)
+    return _stirred(getattr(transformers, head or kind.heads[0])(config).eval())
+
+
+def training_inputs(name: str, head: str | None = None, padding: str = "none", **sizes) -> dict:
+    """Inputs with labels for one of the family's models; padding as in batch."""
+    kind, head = ZOO[name], head or ZOO[name].heads[0]
+    inputs = batch(padding, **sizes)
+    if kind.kind == "encoder":
+        return {**inputs, "labels": labels_for(head.split("For")[1], inputs)}
+    if kind.kind == "decoder":
+        hidden = inputs["attention_mask"] == 0
+        inputs["input_ids"] = inputs["input_ids"].masked_fill(hidden, 0)
+        if head.endswith("SequenceClassification"):
+            return {**inputs, "labels": labels_for("SequenceClassification", inputs)}
+        # What predicts the first token is padding on the left, and no two implementations agree on that.
+        hidden |= (inputs["attention_mask"].cumsum(1) == 1) & (padding == "left")
+        return {**inputs, "labels": inputs["input_ids"].masked_fill(hidden, -100)}
+    raise AssertionError(kind.kind)
+
+
+def rows_in_layers(model: nn.Module, inputs: dict) -> int:
+    """The most rows (positions) that any linear layer inside the model's lists of layers is given."""
+    linear = (nn.Linear, transformers.pytorch_utils.Conv1D)
+    seen, handles = [0], []
+    for layers in model.modules():
+        if isinstance(layers, nn.ModuleList):
+            for module in filter(lambda module: isinstance(module, linear), layers.modules()):
+                handles.append(
+                    module.register_forward_pre_hook(
+                        lambda _, args: seen.append(args[0].numel() // args[0].shape[-1])
+                    )
+                )
+    model(**inputs)
+    for handle in handles:
+        handle.remove()
+    return max(seen)

@@ -1,8 +1,8 @@
 """Every family x everything that is promised of it. What this run found is the table in docs/families.md.
 
-A column is a test that runs once for every family of zoo.ZOO. It returns nothing for "yes", or a word that says
-why the question does not arise (an encoder does not generate). `make families-table` writes the table; the last
-test here fails when the committed one says something else.
+A column is a test that runs once for every family of zoo.ZOO. It returns nothing for "yes", or a word that
+says why the question does not arise (an encoder does not generate). `make families-table` writes the table;
+the last test here fails when the committed one says something else.
 """
 
 import functools

@@ -5,10 +5,12 @@
 //   dV += (keep P)^T dO     dK += dS^T Q     dQ += dS K
 //
 // P is recomputed once per tile and every product that was asked for is taken from it. Products nobody asked
-// for are not formed.
+// for are not formed. S is summed in forward's order: where the two differ, so do P and the weights of
+// forward, by the rounding of S itself.
 #ifndef FASTATTN_CPU_BACKWARD_H
 #define FASTATTN_CPU_BACKWARD_H
 
+#include "decode.h"
 #include "dropout.h"
 #include "score.h"
 #include "softmax.h"
@@ -48,7 +50,8 @@ struct Backward {
   const Unit* key_rows;  // B operand, K = keys
   int64_t key_rows_ld;
   Unit *key_buffer, *staging, *key_panels, *value_panels, *weights, *ds_by_rows, *ds_by_columns;
-  float *scores, *dscores, *slopes;
+  const Storage* thin_keys;  // where the keys of a thin sequence lie
+  float *scores, *dscores, *slopes, *thin_queries;
 
   Backward(const Work& work, bool ds, bool dv, bool for_bias, int query_slots)
       : p(*work.problem),
@@ -87,6 +90,7 @@ struct Backward {
     scores = arena.take<float>(kQueryTile * kScoreLd);
     dscores = arena.take<float>(kQueryTile * kScoreLd);
     slopes = arena.take<float>(want_slopes ? kKeyTile : 0);
+    thin_queries = arena.take<float>(kThinRows * columns_ld);
   }
 
   const uint8_t* mask_of(int64_t b) const {
@@ -101,7 +105,10 @@ struct Backward {
     if (keys.count == 0) return false;
     const int32_t* keep = keys.holes ? keys.keep : nullptr;
     const Storage* k = row_of<const Storage>(p, p.k, b, kv_head, s.k0 + keys.begin);
-    Panels<T, E>::pack(k, p.k.stride_n, keys.count, p.head_dim, keep, key_panels, staging);
+    if (is_thin(p, s))
+      thin_keys = k;
+    else
+      Panels<T, E>::pack(k, p.k.stride_n, keys.count, p.head_dim, keep, key_panels, staging);
     if (rows)
       load_rows(k, p.k.stride_n, keys.count, p.head_dim, keep, key_buffer, columns_ld, &key_rows,
                 &key_rows_ld);
@@ -188,15 +195,29 @@ struct Backward {
     return hsum(sum);
   }
 
+  // scores = q k^T of a tile.
+  void multiply_scores(const Sequence& s, int64_t b, const Queries& q, const TileRows& rows,
+                       const KeyTile& keys) {
+    if (is_thin(p, s)) {
+      load_thin_queries<T>(p, s, b, q.tile.head, q.tile.i0, rows.rows, thin_queries, columns_ld);
+      thin_scores<T>(thin_queries, columns_ld, rows.rows, thin_keys, p.k.stride_n, keys.count, p.head_dim,
+                     scores);
+      return;
+    }
+    gemm<E, false>(
+        keys.padded, q.q, q.q_ld, key_panels, depth * kNR, kNR, scores, kScoreLd, false,
+        [&](int c0, int c1) { return rows.rows_of(c0, c1); }, [&](int, int) { return Range{0, (int)depth}; });
+  }
+
   // scores = keep P and, where wanted, dscores = dS; both zero where nothing is visible.
   void weights_and_gradients(const Sequence& s, int64_t b, const Queries& q, const TileRows& rows,
                              const KeyTile& keys, Stream& stream) {
-    const auto rows_of = [&](int c0, int c1) { return rows.rows_of(c0, c1); };
-    gemm<E, false>(keys.padded, q.q, q.q_ld, key_panels, depth * kNR, kNR, scores, kScoreLd, false, rows_of,
-                   [&](int, int) { return Range{0, (int)depth}; });
+    multiply_scores(s, b, q, rows, keys);
     if (want_ds)
-      gemm<E, false>(keys.padded, q.dout, q.dout_ld, value_panels, depth_v * kNR, kNR, dscores, kScoreLd,
-                     false, rows_of, [&](int, int) { return Range{0, (int)depth_v}; });
+      gemm<E, false>(
+          keys.padded, q.dout, q.dout_ld, value_panels, depth_v * kNR, kNR, dscores, kScoreLd, false,
+          [&](int c0, int c1) { return rows.rows_of(c0, c1); },
+          [&](int, int) { return Range{0, (int)depth_v}; });
     const float scale = has_terms ? 1.0f : p.softmax_scale;
     int32_t keep[kKeyTile + kDropoutLanes];
     for (int i = 0; i < rows.rows; ++i) {

@@ -10,6 +10,15 @@
 
 namespace fastattn::FASTATTN_ISA_NS {
 
+// Rows [i0, i0 + rows) of a head as the fp32 rows that thin_scores takes.
+template <class T>
+inline void load_thin_queries(const fastattn_problem& p, const Sequence& s, int64_t b, int64_t head,
+                              int64_t i0, int rows, float* queries, int64_t ld) {
+  const typename T::Storage* q = row_of<const typename T::Storage>(p, p.q, b, head, s.q0 + i0);
+  for (int i = 0; i < rows; ++i)
+    load_row<T>(q + i * p.q.stride_n, p.head_dim, queries + i * ld, round_up(p.head_dim, W));
+}
+
 // scores[i][j] = q_i . k_j for fp32 rows of q; W keys at a time, whose sums a transposition joins.
 template <class T>
 inline void thin_scores(const float* q, int64_t q_ld, int rows, const typename T::Storage* k, int64_t stride,

@@ -146,9 +146,7 @@ struct Forward {
       float* sum_rows = sums + t * kQueryTile * columns_ld;
       if (!started[t]) __builtin_memset(sum_rows, 0, (size_t)(tiles[t].rows * columns_ld) * sizeof(float));
       started[t] = true;
-      const Storage* q = row_of<const Storage>(p, p.q, b, tiles[t].head, s.q0 + tiles[t].i0);
-      for (int i = 0; i < tiles[t].rows; ++i)
-        load_row<T>(q + i * p.q.stride_n, p.head_dim, thin_queries + i * ld, round_up(p.head_dim, W));
+      load_thin_queries<T>(p, s, b, tiles[t].head, tiles[t].i0, tiles[t].rows, thin_queries, ld);
       thin_scores<T>(thin_queries, ld, tiles[t].rows, k, p.k.stride_n, keys.count, p.head_dim, scores);
       weigh(s, b, tiles[t], rows, keys, state[t], sum_rows, nothing);
       thin_values<T>(rows, keys, scores, v, p.v.stride_n, p.head_dim_v, sum_rows, columns_ld);

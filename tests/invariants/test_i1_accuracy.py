@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
+import fastattn
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -42,3 +44,19 @@ def test_scores_far_from_one(cpu, poisoned, magnitude):
     case = oracle.Case(lengths=((33, 77),), options={"scale": magnitude}, head_dim=24)
     ours = oracle.check(case)
     assert all(result.isfinite().all() for result in ours.values())
+
+
+@pytest.mark.parametrize("rows", [1, 4, 8, 9, 70])
+@pytest.mark.parametrize("seqlen_k", [40, 700])
+def test_backward_recomputes_the_weights_of_forward(cpu, poisoned, rows, seqlen_k):
+    """With ones upstream, dv sums over the keys to the number of queries: every row's weights sum to 1.
+
+    Scores are of 50s summed from 256 terms, so weights recomputed from scores summed in another order than
+    forward's would be off by their rounding, some 1e-5.
+    """
+    q, k = torch.randn(2, 3, rows, 256) * 2.4, torch.randn(2, 3, seqlen_k, 256) * 2.4
+    v = torch.randn(2, 3, seqlen_k, 32, requires_grad=True)
+    out = fastattn.attention(q, k, v, backend="cpu")
+    (dv,) = torch.autograd.grad(out, v, torch.ones_like(out))
+    error = (dv.double().sum(2) / rows - 1).abs().max()
+    assert error < 1.5e-6

@@ -203,12 +203,12 @@ def prefix_attention(
     prefix_out, prefix_lse = attention(folded, prefix_k, prefix_v, seed=prefix_seed, **common)
     prefix_out = prefix_out.reshape(num_heads, batch, seqlen_q, -1).transpose(0, 1)
     prefix_lse = prefix_lse.reshape(num_heads, batch, seqlen_q).transpose(0, 1)
-    out, lse = _merge(own_out, own_lse, prefix_out, prefix_lse)
+    out, lse = merge(own_out, own_lse, prefix_out, prefix_lse)
     return (out, lse) if return_lse else out
 
 
-def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two disjoint sets of keys from the attention over each."""
+def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two disjoint sets of keys from the attention over each: out (..., Dv), lse (...)."""
     # Finite stand-ins keep exp and its gradient free of inf - inf where a side saw no key.
     empty = (lse_a == -math.inf) & (lse_b == -math.inf)
     lse = torch.logaddexp(lse_a.masked_fill(empty, 0.0), lse_b.masked_fill(empty, 0.0))

@@ -15,7 +15,8 @@ except ImportError as error:
 
 from .interface import register
 from .patch import patch, patched, unpatch
+from .shared_prompt import SharedPrompt
 
-__all__ = ["patch", "patched", "unpatch"]
+__all__ = ["SharedPrompt", "patch", "patched", "unpatch"]
 
 register()

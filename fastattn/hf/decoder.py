@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from .call import KEYWORD, Options, argument, begin, pad_output, replace_arguments
 from .families import DecoderFamily, Reads
 from .packing import Layout
+from .prompt_attention import KEYWORD as PROMPT
+from .prompt_cache import PromptCache
 
 _PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids")
 
@@ -30,6 +32,9 @@ class EnterDecoder:
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict):
         call = begin(model, args, kwargs, self.options, self.family, Reads.TOKENS)
         kwargs = {**kwargs, KEYWORD: call}
+        cache = argument(model, "past_key_values", args, kwargs)
+        if isinstance(cache, PromptCache):
+            return args, {**kwargs, PROMPT: cache.prompt_pass()}
         mask = argument(model, "attention_mask", args, kwargs)
         tokens = {name: argument(model, name, args, kwargs) for name in _PER_TOKEN}
         first = next((value for value in tokens.values() if value is not None), None)
@@ -53,7 +58,9 @@ class LeaveDecoder:
     """Behind it: zeros where padding was."""
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict, output):
-        call = kwargs[KEYWORD]
+        call, prompt = kwargs[KEYWORD], kwargs.get(PROMPT)
+        if prompt is not None:
+            prompt.check_attended(model, call.layers)
         if call.layout is None:
             return None
         call.check_attended(model)

@@ -6,6 +6,8 @@ says it, a (B, 1, Nq, Nk) mask. Whatever it cannot compute exactly it refuses wi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +17,7 @@ from .call import Call
 from .first_token import FirstRows
 from .log import log_once
 from .masks import fastattn_mask
+from .prompt_attention import PromptPass
 
 NAME = "fastattn"
 
@@ -70,6 +73,7 @@ def fastattn_attention(
     output_attentions: bool = False,
     fastattn_call: Call | None = None,
     fastattn_first: FirstRows | None = None,
+    fastattn_prompt: PromptPass | None = None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of one layer, in the form of transformers' AttentionInterface.
@@ -89,6 +93,12 @@ def fastattn_attention(
     options["backend"] = "auto" if fastattn_call is None else fastattn_call.backend
     output_attentions = output_attentions or (fastattn_call is not None and fastattn_call.output_attentions)
 
+    attend, attend_packed = attention, varlen_attention
+    if fastattn_prompt is not None:
+        if output_attentions:
+            raise UnsupportedError("output_attentions=True with a shared prompt")
+        attend, attend_packed = fastattn_prompt.of_layer(module)
+
     if cu_seq_lens_q is not None:
         if fastattn_call is not None:
             fastattn_call.attended += 1
@@ -97,7 +107,7 @@ def fastattn_attention(
             raise UnsupportedError(f"{what} with packed sequences (cu_seq_lens_q)")
         lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         options.update(causal=causal, window=window)
-        return _packed(query, key, value, lengths, fastattn_first, **options), None
+        return _packed(attend_packed, query, key, value, lengths, fastattn_first, **options), None
 
     key_mask, bias = None, position_bias
     if attention_mask is not None:
@@ -120,15 +130,22 @@ def fastattn_attention(
         )
     options.update(causal=causal, window=window, key_mask=key_mask, bias=bias)
     if fastattn_first is not None and bias is None and not causal and window is None:
-        out = attention(query[:, :, :1], key, value, **options).transpose(1, 2)
+        out = attend(query[:, :, :1], key, value, **options).transpose(1, 2)
         return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, query.shape[2] - 1)), None
-    return attention(query, key, value, **options).transpose(1, 2), None
+    return attend(query, key, value, **options).transpose(1, 2), None
 
 
 def _packed(
-    query: Tensor, key: Tensor, value: Tensor, lengths: tuple, first: FirstRows | None, **options
+    attend: Callable,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: tuple,
+    first: FirstRows | None,
+    **options,
 ) -> Tensor:
-    """varlen_attention of one packed row; lengths are transformers' cu_seq_lens_q, _k, max_length_q, _k."""
+    """`attend`, called as varlen_attention is, for one packed row; lengths are transformers' cu_seq_lens_q,
+    _k, max_length_q, _k."""
     if query.shape[0] != 1:
         raise InvalidArgumentError(
             "cu_seq_lens_q", f"given for a batch of {query.shape[0]}", "one packed row"
@@ -145,10 +162,10 @@ def _packed(
         # The other rows of the last layer are read by nobody: see first_token.py.
         queries = q.index_select(0, first.rows)
         offsets = {"cu_seqlens_q": first.cu_seqlens, "cu_seqlens_k": cu_k}
-        out = varlen_attention(queries, k, v, **offsets, max_seqlen_q=1, max_seqlen_k=max_k, **options)
+        out = attend(queries, k, v, **offsets, max_seqlen_q=1, max_seqlen_k=max_k, **options)
         out = out.new_zeros(q.shape[0], *out.shape[1:]).index_copy(0, first.rows, out)
     else:
-        out = varlen_attention(q, k, v, cu_q, cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k, **options)
+        out = attend(q, k, v, cu_q, cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k, **options)
     return out.unsqueeze(0)
 
 

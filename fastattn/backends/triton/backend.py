@@ -101,6 +101,8 @@ class TritonBackend:
                 check_offsets("cu_seqlens_q", inputs.cu_seqlens_q, problem.total_q, problem.seqlen_q)
                 check_offsets("cu_seqlens_k", inputs.cu_seqlens_k, problem.total_k, problem.seqlen_k)
             return contextlib.nullcontext()
+        if problem.device.index == torch.cuda.current_device():
+            return contextlib.nullcontext()  # which costs less
         return torch.cuda.device(problem.device)
 
     def _device(self, device: torch.device) -> tuple[configs.Arch, int]:

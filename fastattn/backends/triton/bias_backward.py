@@ -9,7 +9,17 @@ sum once at the end.
 import triton.language as tl
 
 from .rng import dropout_keep
-from .tiles import aligned, aligned_bias, kernel, load_lse, load_rows, seen_keys, sequence_rows, weights
+from .tiles import (
+    aligned,
+    aligned_bias,
+    kernel,
+    load_columns,
+    load_lse,
+    load_rows,
+    seen_keys,
+    sequence_rows,
+    weights,
+)
 
 
 @kernel
@@ -165,8 +175,8 @@ def dbias_kernel(
             o_v = i_b64 * stride_vb + i_kv * stride_vh + o_row_k * stride_vn
             o_dout = i_b64 * stride_gb + i_h64 * stride_gh + o_row_q * stride_gn
             b_q = load_rows(p_q, o_q, o_d, m_m, True, HEAD_DIM, BLOCK_D)  # [BLOCK, BLOCK_D]
-            b_k = load_rows(p_k, o_k, o_d, m_n, True, HEAD_DIM, BLOCK_D)
-            b_v = load_rows(p_v, o_v, o_dv, m_n, True, HEAD_DIM_V, BLOCK_DV)  # [BLOCK, BLOCK_DV]
+            b_k = load_columns(p_k, o_k, o_d, m_n, HEAD_DIM, BLOCK_D)  # [BLOCK_D, BLOCK]
+            b_v = load_columns(p_v, o_v, o_dv, m_n, HEAD_DIM_V, BLOCK_DV)  # [BLOCK_DV, BLOCK]
             b_dout = load_rows(p_dout, o_dout, o_dv, m_m, True, HEAD_DIM_V, BLOCK_DV)
             o_stat = i_b64 * stride_lse_b + i_h64 * stride_lse_h + row_q
             b_lse = load_lse(p_lse + o_stat, o_m, m_m)  # [BLOCK]
@@ -182,14 +192,14 @@ def dbias_kernel(
                 slope = tl.load(p_alibi + i_b64 * stride_alibi_b + i_h64 * stride_alibi_h)
 
             m_in = m_m[:, None] & m_n[None, :]
-            b_qk = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK, BLOCK]
+            b_qk = tl.dot(b_q, b_k, input_precision=PRECISION)  # [BLOCK, BLOCK]
             b_p, _ = weights(
                 b_qk, b_lse[:, None], o_m[:, None], o_n[None, :], m_in, diagonal, len_k, window_left,
                 window_right, scale, softcap, p_bias_bh, stride_bias_q, stride_bias_k, p_relative_h, seqlen_q,
                 slope, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_BIAS, HAS_RELATIVE_BIAS, HAS_ALIBI,
             )  # fmt: skip
             b_p = tl.where(m_in, b_p, 0.0)
-            b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)  # [BLOCK, BLOCK]
+            b_dp = tl.dot(b_dout, b_v, input_precision=PRECISION)  # [BLOCK, BLOCK]
             if HAS_DROPOUT:
                 keep = dropout_keep(seed, i_b, i_h, o_m[:, None], i_n * BLOCK, o_t[None, :], drop_below)
                 b_dp = tl.where(keep, b_dp * keep_scale, 0.0)

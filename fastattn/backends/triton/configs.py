@@ -105,7 +105,7 @@ def bias_config(arch: Arch, head_dim: int, head_dim_v: int, itemsize: int) -> Ti
     dim = padded_dim(max(head_dim, head_dim_v))
     if itemsize == 4 or dim > 128:
         return TileConfig(32, 32, 4, 1)
-    return TileConfig(64, 64, 4, 1)
+    return TileConfig(64, 64, 4 if dim <= 64 else 8, 1)  # four warps would spill at 128
 
 
 def decode_config(arch: Arch, rows: int, head_dim: int, head_dim_v: int, itemsize: int) -> TileConfig:

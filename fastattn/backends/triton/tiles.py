@@ -44,6 +44,18 @@ def load_rows(
 
 
 @triton.jit
+def load_columns(p_base, o_rows, o_cols, m_rows, COLS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """The same rows as a [BLOCK_COLS, rows] tile, for the right operand of a product.
+
+    Outside a pipelined loop, tl.trans of load_rows would keep the whole operand in every warp's registers.
+    """
+    p_tile = p_base + (o_rows[None, :] + o_cols[:, None])
+    if COLS == BLOCK_COLS:
+        return tl.load(p_tile, mask=m_rows[None, :], other=0.0)
+    return tl.load(p_tile, mask=m_rows[None, :] & (o_cols < COLS)[:, None], other=0.0)
+
+
+@triton.jit
 def store_rows(p_base, b_tile, o_rows, o_cols, m_rows, COLS: tl.constexpr, BLOCK_COLS: tl.constexpr):
     """The converse of load_rows."""
     p_tile = p_base + (o_rows[:, None] + o_cols[None, :])

@@ -70,9 +70,11 @@ def simulate(monkeypatch):
         monkeypatch.setattr(backend, "_asked", True)
         monkeypatch.setitem(dispatch._backends, "triton", backend)
         monkeypatch.setattr(dispatch, "_chosen", {})
+        launch.forget()
         return runs
 
-    return install
+    yield install
+    importlib.import_module("fastattn.backends.triton.launch").forget()
 
 
 def kernels_of(runs):

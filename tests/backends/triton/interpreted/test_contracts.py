@@ -15,6 +15,14 @@ from fastattn.errors import InvalidArgumentError
 backend_module = importlib.import_module("fastattn.backends.triton.backend")
 
 
+@pytest.fixture
+def prepared_anew():
+    """Nothing prepared before or by this test is used outside of it."""
+    launch.forget()
+    yield
+    launch.forget()
+
+
 def attend(q, k, v, **options):
     return fastattn.attention(q, k, v, backend="triton", **options)
 
@@ -65,11 +73,12 @@ def test_twice_the_same_call_is_bit_identical():
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_splitting_the_keys_changes_nothing_but_rounding(monkeypatch):
+def test_splitting_the_keys_changes_nothing_but_rounding(monkeypatch, prepared_anew):
     q, k, v = torch.randn(2, 4, 1, 32), torch.randn(2, 2, 500, 32), torch.randn(2, 2, 500, 24)
     results = []
     for splits in (1, 2, 5, 7):
         monkeypatch.setattr(configs, "decode_splits", lambda *_, splits=splits: splits)
+        launch.forget()
         results.append(attend(q, k, v, window=(40, None), return_lse=True))
     for out, lse in results[1:]:
         torch.testing.assert_close(out, results[0][0], rtol=1e-5, atol=1e-6)
@@ -122,7 +131,7 @@ def test_understated_max_seqlen_gives_nan_where_they_cannot(monkeypatch):
     assert out[70:].isfinite().all()
 
 
-def test_only_wanted_gradients_are_launched(monkeypatch):
+def test_only_wanted_gradients_are_launched(monkeypatch, prepared_anew):
     launched = []
 
     class Recorder:

@@ -1,0 +1,54 @@
+"""A launch with everything bound but its addresses and its seed.
+
+Triton's JIT looks at each of some eighty arguments at every launch, which can take the host longer than a
+small problem takes the GPU. All but the pointers follow from the problem and from how its tensors lie, so the
+first launch goes through the JIT and the next ones go to the compiled kernel that it returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+
+class Launch:
+    """`kernel` over `programs` programs. values: every argument but pointers and seed."""
+
+    __slots__ = ("_kernel", "_options", "_prepared", "_values", "programs")
+
+    def __init__(self, kernel, programs: int, options: dict[str, object], values: dict[str, object]):
+        self._kernel, self.programs, self._options, self._values = kernel, programs, options, values
+        self._prepared: dict[tuple, tuple[Callable, tuple, tuple]] = {}
+
+    def __call__(self, pointers: dict[str, Tensor | None], seed: int | None = None) -> None:
+        """Launch. pointers: in the order of the kernel's parameters, which begin with them.
+
+        seed: None for a kernel that takes none.
+        """
+        # What compiled code depends on besides the values: which pointers there are, and 16-byte alignment.
+        kind = tuple([None if x is None else x.data_ptr() % 16 == 0 for x in pointers.values()])
+        prepared = self._prepared.get(kind)
+        if prepared is not None:
+            run, before, after = prepared
+            if seed is None:
+                run(*pointers.values(), *before)
+            else:
+                run(*pointers.values(), *before, seed, *after)
+            return
+        seeds = {} if seed is None else {"seed": seed}
+        grid = (self.programs, 1, 1)
+        compiled = self._kernel[grid](**pointers, **self._values, **seeds, **self._options)
+        if compiled is not None:  # the interpreter compiles nothing
+            self._prepared[kind] = compiled[grid], *self._bound(list(pointers))
+
+    def _bound(self, pointers: list[str]) -> tuple[tuple, tuple]:
+        """The values before and after the seed, as the kernel's parameters stand."""
+        names = self._kernel.arg_names
+        assert names[: len(pointers)] == pointers, "pointers come first, in the kernel's order"
+        rest = names[len(pointers) :]
+        at = rest.index("seed") if "seed" in rest else len(rest)
+        return (
+            tuple(self._values[name] for name in rest[:at]),
+            tuple(self._values[name] for name in rest[at + 1 :]),
+        )

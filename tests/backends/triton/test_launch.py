@@ -1,0 +1,125 @@
+"""The path from the op to cuLaunchKernelEx as on a GPU, with our own driver at its end (fake_cuda.py)."""
+
+import importlib
+
+import fake_cuda
+import oracle
+import pytest
+import torch
+from oracle import Case
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastattn
+from fastattn import dispatch
+from fastattn.backends import Gradients
+
+pytestmark = pytest.mark.skipif(fake_cuda.why_not() is not None, reason=str(fake_cuda.why_not()))
+
+
+@pytest.fixture
+def fake(request, monkeypatch):
+    """fake(arch, simulate=True) makes backend="triton" launch on CPU tensors; gives the FakeCuda."""
+    launch = importlib.import_module("fastattn.backends.triton.launch")
+    module = importlib.import_module("fastattn.backends.triton.backend")
+    installed = []
+
+    def install(arch, simulate=True):
+        device = fake_cuda.FakeCuda(request.config.cache.mkdir("fake-libcuda"), arch, simulate)
+        backend = module.TritonBackend()
+        monkeypatch.setattr(module, "interpreting", lambda: True)
+        monkeypatch.setattr(backend, "_device", lambda _: (arch, 4))
+        monkeypatch.setattr(backend, "_asked", True)
+        monkeypatch.setitem(dispatch._backends, "triton", backend)
+        monkeypatch.setattr(dispatch, "_chosen", {})
+        launch.forget()
+        device.install()
+        installed.append(device)
+        return device
+
+    yield install
+    for device in installed:
+        device.remove()
+    launch.forget()
+
+
+def case(dtype=torch.float16, lengths=((40, 83),), **fields):
+    return Case(dtype=dtype, lengths=lengths, kv_heads=1, head_dim=64, head_dim_v=64, **fields)
+
+
+QUICK = case(torch.bfloat16, group=2, options={"causal": True, "dropout_p": 0.3, "seed": 2**63 + 5})
+SLOW = {
+    "biases": case(
+        bias=(True, True, True, True), relative_bias=True, alibi="heads", mask=0.2, use_lse=True,
+        wanted=("q", "k", "v", "bias", "relative_bias"),
+    ),
+    "packed": case(lengths=((40, 43), (0, 3), (33, 20)), packed=True),
+    "decode": case(lengths=((1, 1100),), group=4, wanted=()),
+    "fp32": case(torch.float32, options={"window": (9, 4), "softcap": 5.0, "scale": -0.2}),
+    "sliced": case(lengths=((35, 40),), layout="sliced"),
+}  # fmt: skip
+
+
+def test_arguments_arrive(fake, poisoned):
+    device = fake(80)
+    oracle.check(QUICK, "triton")
+    names = [name for name, *_ in device.launches]
+    assert names == ["forward_kernel", "delta_kernel", "dq_kernel", "dkdv_kernel"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("name", SLOW)
+def test_arguments_of_every_feature_arrive(name, arch, fake, poisoned):
+    fake(arch)
+    oracle.check(SLOW[name], "triton")
+
+
+def test_a_prepared_launch_reads_where_the_tensors_are_now(fake):
+    """The second call is not the first one's addresses again, also where two of those were the same."""
+    device = fake(80)
+    q, k, v = (torch.randn(1, 1, 40, 64).half() for _ in range(3))
+    shifted = torch.empty(40 * 64 + 1).half()[1:].view(1, 1, 40, 64).copy_(v)
+    for tensors in ((q, q, q), (q, k, v), (k, q, q), (q, k, shifted)):
+        out = fastattn.attention(*tensors, backend="triton")
+        expected = fastattn.attention(*(x.double() for x in tensors), backend="reference")
+        torch.testing.assert_close(out.double(), expected, atol=2e-3, rtol=1e-2)
+    assert device.kernels == ["forward_kernel"] * 2  # v out of alignment needs narrower loads
+
+
+def test_one_kernel_serves_every_length_stride_and_seed(fake):
+    device = fake(80, simulate=False)
+    for batch, heads, rows in ((1, 1, 16), (2, 3, 100), (1, 16, 65)):
+        x = torch.randn(batch, rows, heads, 64).half()
+        for q in (x.transpose(1, 2), x.transpose(1, 2).contiguous()):
+            fastattn.attention(q, q, q, dropout_p=0.1, seed=2**64 - rows, backend="triton")
+    assert device.kernels == ["forward_kernel"]
+
+
+class Operations(TorchDispatchMode):
+    """Names every operation that torch is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("rows", "workspace"), [(100, []), (1, ["new_empty", "new_empty"])])
+def test_a_launch_asks_torch_for_its_workspace_and_nothing_else(fake, rows, workspace):
+    """So it can be captured in a CUDA graph: no value is read back, nothing is copied between devices."""
+    fake(80, simulate=False)
+    launch = importlib.import_module("fastattn.backends.triton.launch")
+    q, k = torch.randn(1, 1, rows, 64).half(), torch.randn(1, 1, 2000, 64).half()
+    inputs = fastattn.problem.AttentionInputs(q, k, k)
+    problem = fastattn.problem.describe(inputs, (True, 0.125, -1, -1, 0.0, 0.0, 0, 0), True)
+    out, lse = torch.empty_like(q), torch.empty(1, 1, rows)
+    gradients = Gradients(q.clone(), k.clone(), k.clone())
+    with Operations() as seen:
+        launch.forward(problem, inputs, out, lse, 80, 108)
+        assert seen.names == workspace
+        launch.backward(problem, inputs, out, lse, q, None, gradients, 80)
+    assert seen.names == [*workspace, "empty_like"]  # delta

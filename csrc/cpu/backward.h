@@ -12,6 +12,7 @@
 
 #include "decode.h"
 #include "dropout.h"
+#include "phases.h"
 #include "score.h"
 #include "softmax.h"
 #include "unit.h"
@@ -101,6 +102,7 @@ struct Backward {
   // will be formed, which takes K by rows.
   bool load_keys(const Sequence& s, int64_t b, int64_t kv_head, int64_t begin, int64_t end, bool rows,
                  KeyTile& keys) {
+    const Phase phase(kPacking);
     trim_key_tile(mask_of(b), begin, end, keys);
     if (keys.count == 0) return false;
     const int32_t* keep = keys.holes ? keys.keep : nullptr;
@@ -132,6 +134,7 @@ struct Backward {
   }
 
   void load_queries(const Sequence& s, int64_t b, const QueryTile& tile, Queries& q) {
+    const Phase phase(kPacking);
     q.tile = tile;
     const int64_t row0 = s.q0 + tile.i0, h = tile.head;
     const Storage* query = row_of<const Storage>(p, p.q, b, h, row0);
@@ -198,6 +201,7 @@ struct Backward {
   // scores = q k^T of a tile.
   void multiply_scores(const Sequence& s, int64_t b, const Queries& q, const TileRows& rows,
                        const KeyTile& keys) {
+    const Phase phase(kScores);
     if (is_thin(p, s)) {
       load_thin_queries<T>(p, s, b, q.tile.head, q.tile.i0, rows.rows, thin_queries, columns_ld);
       thin_scores<T>(thin_queries, columns_ld, rows.rows, thin_keys, p.k.stride_n, keys.count, p.head_dim,
@@ -209,15 +213,21 @@ struct Backward {
         [&](int c0, int c1) { return rows.rows_of(c0, c1); }, [&](int, int) { return Range{0, (int)depth}; });
   }
 
+  // dscores = dout v^T of a tile.
+  void multiply_dout(const Queries& q, const TileRows& rows, const KeyTile& keys) {
+    const Phase phase(kWeightGrads);
+    gemm<E, false>(
+        keys.padded, q.dout, q.dout_ld, value_panels, depth_v * kNR, kNR, dscores, kScoreLd, false,
+        [&](int c0, int c1) { return rows.rows_of(c0, c1); },
+        [&](int, int) { return Range{0, (int)depth_v}; });
+  }
+
   // scores = keep P and, where wanted, dscores = dS; both zero where nothing is visible.
   void weights_and_gradients(const Sequence& s, int64_t b, const Queries& q, const TileRows& rows,
                              const KeyTile& keys, Stream& stream) {
     multiply_scores(s, b, q, rows, keys);
-    if (want_ds)
-      gemm<E, false>(
-          keys.padded, q.dout, q.dout_ld, value_panels, depth_v * kNR, kNR, dscores, kScoreLd, false,
-          [&](int c0, int c1) { return rows.rows_of(c0, c1); },
-          [&](int, int) { return Range{0, (int)depth_v}; });
+    if (want_ds) multiply_dout(q, rows, keys);
+    const Phase phase(kRows);
     const float scale = has_terms ? 1.0f : p.softmax_scale;
     int32_t keep[kKeyTile + kDropoutLanes];
     for (int i = 0; i < rows.rows; ++i) {
@@ -274,6 +284,7 @@ struct Backward {
   // sums[key] (+)= weights^T rows of the queries: dv from P and dout, dk from dS and q.
   void add_to_keys(const TileRows& rows, const KeyTile& keys, const float* tile, Unit* buffer, const Unit* b,
                    int64_t b_ld, int64_t columns, bool accumulate, float* sums, int64_t ld) {
+    const Phase phase(kToKeys);
     const Unit* a = Weights<E>::by_columns(tile, kScoreLd, rows.rows, keys.padded, buffer, kScoreLd);
     gemm<E, true>((int)round_up(columns, W), a, kScoreLd, b, kNR, b_ld, sums, ld, accumulate,
                   [&](int, int) { return Range{0, keys.count}; },
@@ -283,6 +294,7 @@ struct Backward {
   // sums[query] (+)= dS K.
   void add_to_queries(const TileRows& rows, const KeyTile& keys, bool careful, bool accumulate, float* sums,
                       int64_t ld) {
+    const Phase phase(kToQueries);
     if (careful) {
       if (!accumulate)
         for (int i = 0; i < rows.rows; ++i)

@@ -9,6 +9,7 @@
 
 #include "decode.h"
 #include "dropout.h"
+#include "phases.h"
 #include "score.h"
 #include "softmax.h"
 #include "unit.h"
@@ -99,10 +100,13 @@ struct Forward {
         continue;
       }
       const int32_t* keep = keys.holes ? keys.keep : nullptr;
-      Panels<T, E>::pack(k + keys.begin * p.k.stride_n, p.k.stride_n, keys.count, p.head_dim, keep, panels,
-                         staging);
-      Packer<T, E>::interleave(v + keys.begin * p.v.stride_n, p.v.stride_n, keys.count, p.head_dim_v, keep,
-                               values, columns_ld, round_up(p.head_dim_v, W));
+      {
+        const Phase phase(kPacking);
+        Panels<T, E>::pack(k + keys.begin * p.k.stride_n, p.k.stride_n, keys.count, p.head_dim, keep, panels,
+                           staging);
+        Packer<T, E>::interleave(v + keys.begin * p.v.stride_n, p.v.stride_n, keys.count, p.head_dim_v, keep,
+                                 values, columns_ld, round_up(p.head_dim_v, W));
+      }
       Stream stream;
       if (after < key_end) {
         const int64_t count = key_end - after < kKeyTile ? key_end - after : kKeyTile;
@@ -147,8 +151,12 @@ struct Forward {
       if (!started[t]) __builtin_memset(sum_rows, 0, (size_t)(tiles[t].rows * columns_ld) * sizeof(float));
       started[t] = true;
       load_thin_queries<T>(p, s, b, tiles[t].head, tiles[t].i0, tiles[t].rows, thin_queries, ld);
-      thin_scores<T>(thin_queries, ld, tiles[t].rows, k, p.k.stride_n, keys.count, p.head_dim, scores);
+      {
+        const Phase phase(kScores);
+        thin_scores<T>(thin_queries, ld, tiles[t].rows, k, p.k.stride_n, keys.count, p.head_dim, scores);
+      }
       weigh(s, b, tiles[t], rows, keys, state[t], sum_rows, nothing);
+      const Phase phase(kValues);
       thin_values<T>(rows, keys, scores, v, p.v.stride_n, p.head_dim_v, sum_rows, columns_ld);
     }
   }
@@ -165,6 +173,7 @@ struct Forward {
 
   // The A operand of a query tile, in place or packed into `buffer`.
   const Unit* load_queries(const Sequence& s, int64_t b, const QueryTile& tile, Unit* buffer) const {
+    const Phase phase(kPacking);
     const Storage* source = row_of<const Storage>(p, p.q, b, tile.head, s.q0 + tile.i0);
     if constexpr (kSameUnits)
       if (queries_in_place) return source;
@@ -187,6 +196,7 @@ struct Forward {
   }
 
   void multiply_scores(const TileRows& rows, const KeyTile& keys, const Unit* q) {
+    const Phase phase(kScores);
     gemm<E, false>(
         keys.padded, q, queries_in_place ? p.q.stride_n : depth_ld, panels, panel_stride, kNR, scores,
         kScoreLd, false, [&](int c0, int c1) { return rows.rows_of(c0, c1); },
@@ -196,6 +206,7 @@ struct Forward {
   // Scores become weights; sums and state are brought to this tile's maxima.
   void weigh(const Sequence& s, int64_t b, const QueryTile& tile, const TileRows& rows, const KeyTile& keys,
              RowState& row_state, float* sum_rows, Stream& stream) {
+    const Phase phase(kRows);
     const float scale = has_terms ? 1.0f : p.softmax_scale;
     int32_t keep[kKeyTile + kDropoutLanes];
     for (int i = 0; i < tile.rows; ++i) {
@@ -226,6 +237,7 @@ struct Forward {
   }
 
   void add_values(const TileRows& rows, const KeyTile& keys, bool careful, bool accumulate, float* sum_rows) {
+    const Phase phase(kValues);
     if (careful) {
       if (!accumulate) __builtin_memset(sum_rows, 0, (size_t)(rows.rows * columns_ld) * sizeof(float));
       add_visible(rows, keys, scores, values, columns_ld, p.head_dim_v, sum_rows, columns_ld);

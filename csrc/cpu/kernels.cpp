@@ -6,6 +6,7 @@
 #include "bias_passes.h"
 #include "decode.h"
 #include "forward.h"
+#include "phases.h"
 
 namespace fastattn::FASTATTN_ISA_NS {
 namespace {
@@ -14,6 +15,7 @@ template <template <class, class> class Pass, class T, class E>
 void run_units(Work* work) {
   Pass<T, E> pass(*work);
   if (!get_workspace(*work, pass)) return;
+  const Phase phase(kAll);
   take_units(*work, work->heads, [&](const Entry& entry, int64_t head, const Entry* next, int64_t next_head) {
     pass.run(entry, head, next, next_head);
   });

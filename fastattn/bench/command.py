@@ -5,10 +5,16 @@ from __future__ import annotations
 import argparse
 import itertools
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastattn.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from .grid import Cell
+    from .peak import Peak
 
 __all__ = ["add_arguments", "run"]
 
@@ -25,8 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shape", nargs="+", metavar="B,H,N,D", help="problems to time (those of docs/benchmarking.md)"
     )
     parser.add_argument(
-        "--longest", type=int, metavar="N", help="leave out longer sequences of the built-in shapes"
+        "--longest", type=int, metavar="N", help="leave out longer sequences of what is built in"
     )
+    parser.add_argument(
+        "--parts", nargs="+", default=["grid"], metavar="P",
+        help="grid: against peers; ratios: what masks, dropout and fewer gradients change; phases: shares of "
+        "products, softmax, packing (needs the source tree); scaling: by length, heads, threads (grid)",
+    )  # fmt: skip
     parser.add_argument("--forward-only", action="store_true", help="leave the backward pass out")
     parser.add_argument(
         "--against", nargs="*", default=["sdpa", "eager", "flex"], metavar="PEER", help="(sdpa eager flex)"
@@ -46,27 +57,25 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
     import fastattn
     from fastattn.finetune.measure import machine, versions
 
-    from . import peak, report
+    from . import peak
 
     if arguments.threads is not None:
         if arguments.threads < 1:
             raise InvalidArgumentError("--threads", arguments.threads, "a positive number")
         torch.set_num_threads(arguments.threads)
-    contenders = [
-        "fastattn",
-        *(_known("--against", name, ("sdpa", "eager", "flex")) for name in arguments.against),
-    ]
+    parts = [_known("--parts", name, _PARTS) for name in arguments.parts]
+    peers = [_known("--against", name, ("sdpa", "eager", "flex")) for name in arguments.against]
     cells = list(_cells(arguments))
     device = "cpu" if arguments.backend in ("cpu", "reference") else "cuda"
+    for name in parts:
+        if name in ("phases", "scaling") and arguments.backend != "cpu":
+            raise InvalidArgumentError("--parts", name, "grid and ratios, unless --backend is cpu")
     one = torch.zeros(1, 1, 1, 8, device=device)
-    fastattn.attention(
-        one, one, one, backend=arguments.backend
-    )  # refuses here, with its reason, or not at all
+    # Refuses here, with its reason, or not at all.
+    fastattn.attention(one, one, one, backend=arguments.backend)
     isa = _isa(arguments.backend)
     roof = peak.measure(isa, torch.get_num_threads())
     print(_heading(machine(), roof))
-    folder = Path(arguments.out)
-    rows: list[dict] = []
     context = {
         "command": shlex.join(["fastattn", *argv]),
         "machine": machine(),
@@ -74,35 +83,99 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
         "peak": vars(roof),
         "timing": "medians of interleaved rounds in one process; speedup = contender's time / fastattn's",
     }
-    for cell in cells:
-        measured = _measure(cell, contenders, arguments, device, roof)
-        rows += measured
-        print(report.describe(cell, measured), flush=True)
-        report.write(folder, rows, context)  # after each cell: an interrupted run keeps what it has
-    report.plot(folder / "roofline.png", rows, cells, roof)
-    print(f"{folder}/results.csv, results.json, roofline.png")
+    bench = _Bench(arguments, cells, ["fastattn", *peers], device, isa, roof, Path(arguments.out), context)
+    for name in parts:
+        print(f"-- {name}")
+        _PARTS[name](bench)
     return 0
 
 
-def _measure(cell, contenders: list[str], arguments: argparse.Namespace, device: str, roof) -> list[dict]:
-    from . import report
-    from .contenders import Refusal, make
-    from .grid import Inputs
-    from .timing import interleaved_medians
+@dataclass(frozen=True)
+class _Bench:
+    arguments: argparse.Namespace
+    cells: list
+    contenders: list[str]
+    device: str
+    isa: str
+    roof: Peak
+    folder: Path
+    context: dict
 
-    inputs = Inputs(cell, device)
-    steps, notes = {}, {}
-    for name in contenders:
-        try:
-            steps[name] = make(name, inputs, arguments.backend)
-        except Refusal as refusal:
-            notes[name] = str(refusal)
-    medians = interleaved_medians(steps, arguments.seconds)
-    ours = medians.get("fastattn")
-    return [report.row(cell, name, medians.get(name), ours, roof, notes.get(name, "")) for name in contenders]
+    def grid(self) -> None:
+        from . import report
+
+        rows: list[dict] = []
+        for cell in self.cells:
+            measured = self._against_peers(cell)
+            rows += measured
+            print(report.describe(cell, measured), flush=True)
+            report.write(
+                self.folder, rows, self.context
+            )  # after each cell: an interrupted run keeps what it has
+        report.plot(self.folder / "roofline.png", rows, self.cells, self.roof)
+        print(f"{self.folder}/results.csv, results.json, roofline.png")
+
+    def _against_peers(self, cell: Cell) -> list[dict]:
+        from . import report
+        from .contenders import Refusal, make
+        from .grid import Inputs
+        from .timing import interleaved_medians
+
+        inputs = Inputs(cell, self.device)
+        steps, notes = {}, {}
+        for name in self.contenders:
+            try:
+                steps[name] = make(name, inputs, self.arguments.backend)
+            except Refusal as refusal:
+                notes[name] = str(refusal)
+        medians = interleaved_medians(steps, self.arguments.seconds)
+        ours = medians.get("fastattn")
+        return [
+            report.row(cell, name, medians.get(name), ours, self.roof, notes.get(name, ""))
+            for name in self.contenders
+        ]
+
+    def ratios(self) -> None:
+        from . import ratios
+
+        problems = dict.fromkeys((cell.shape, cell.dtype) for cell in self.cells)
+        backend, seconds = self.arguments.backend, self.arguments.seconds
+        rows = (ratios.measure(*problem, backend, seconds, self.device) for problem in problems)
+        self._table("ratios.csv", ratios.FIELDS, rows, ratios.describe)
+
+    def phases(self) -> None:
+        from . import phases
+
+        library = phases.build(self.isa)
+        rows = (phases.measure(library, cell, self.arguments.seconds) for cell in self.cells)
+        self._table("phases.csv", phases.FIELDS, rows, phases.describe)
+
+    def scaling(self) -> None:
+        from . import scaling
+
+        longest = self.arguments.longest or scaling.LONGEST
+        rows = scaling.measure(longest, self.arguments.seconds)
+        scaling.plot(
+            self.folder / "scaling.png", self._table("scaling.csv", scaling.FIELDS, rows, scaling.describe)
+        )
+
+    def _table(self, name: str, fields: tuple[str, ...], rows: Iterable[dict], describe) -> list[dict]:
+        """Prints and writes rows as they come."""
+        from . import report
+
+        done: list[dict] = []
+        for row in rows:
+            done.append(row)
+            print(describe(row), flush=True)
+            report.write_csv(self.folder / name, fields, done)
+        print(self.folder / name)
+        return done
 
 
-def _cells(arguments: argparse.Namespace) -> Iterator:
+_PARTS = {"grid": _Bench.grid, "ratios": _Bench.ratios, "phases": _Bench.phases, "scaling": _Bench.scaling}
+
+
+def _cells(arguments: argparse.Namespace) -> Iterator[Cell]:
     from .grid import DTYPES, MASKS, PASSES, SHAPES, Cell
 
     shapes = [_shape(text) for text in arguments.shape or ()]

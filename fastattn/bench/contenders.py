@@ -88,8 +88,13 @@ def _flex(inputs: Inputs) -> Callable[[], torch.Tensor]:
         per_batch = batch if inputs.key_mask is not None else None
         blocks = create_block_mask(mask_mod, per_batch, None, length, length, device=inputs.q.device)
     torch._dynamo.reset()  # each shape is a program of its own
-    compiled = _compiled_flex()
-    return lambda: compiled(inputs.q, inputs.k, inputs.v, block_mask=blocks)
+    run = functools.partial(_compiled_flex(), inputs.q, inputs.k, inputs.v, block_mask=blocks)
+    try:
+        with torch.no_grad():
+            run()
+    except Exception as error:  # a compiler that is missing or fails, in as many ways as there are compilers
+        raise Refusal(f"torch.compile failed: {type(error).__name__}: {str(error).strip()[:200]}") from None
+    return run
 
 
 def _causal(b, h, i, j):

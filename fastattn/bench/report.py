@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from .grid import Cell
 from .peak import Peak
 
-__all__ = ["FIELDS", "describe", "plot", "row", "write"]
+__all__ = ["FIELDS", "describe", "plot", "row", "write", "write_csv"]
 
 FIELDS = (
     "batch", "heads", "length", "head_dim", "mask", "dtype", "direction", "contender",
@@ -56,13 +57,18 @@ def describe(cell: Cell, rows: list[dict]) -> str:
 
 def write(folder: Path, rows: list[dict], context: dict) -> list[Path]:
     """results.csv and results.json; the latter with machine, versions, peak and command."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(folder / "results.csv", FIELDS, rows)
     (folder / "results.json").write_text(json.dumps({**context, "rows": rows}, indent=1), encoding="utf-8")
     return [folder / "results.csv", folder / "results.json"]
+
+
+def write_csv(path: Path, fields: Iterable[str], rows: Iterable[dict]) -> None:
+    """Rows under a line of their names; the folder is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(fields))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def plot(path: Path, rows: list[dict], cells: list[Cell], peak: Peak) -> None:

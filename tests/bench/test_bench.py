@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from fastattn.bench import contenders
+from fastattn.bench import contenders, phases, ratios
 from fastattn.bench.grid import MASKS, Cell, Inputs
 from fastattn.bench.timing import interleaved_medians
 from fastattn.cli import main
@@ -22,6 +22,19 @@ def test_contenders_compute_the_same(name, mask):
     torch.testing.assert_close(
         {"sdpa": contenders._sdpa, "eager": contenders._eager}[name](inputs)(), reference
     )
+
+
+def test_flex_that_does_not_compile_is_a_note(monkeypatch, tmp_path):
+    def fail(*_, **__):
+        raise RuntimeError("no compiler found")
+
+    monkeypatch.setattr(contenders, "_compiled_flex", lambda: fail)
+    arguments = ["--backend", "reference", "--shape", "1,2,9,8", "--against", "flex", "--seconds", "0"]
+    assert main(["bench", *arguments, "--dtype", "float32", "--out", str(tmp_path)]) == 0
+    with (tmp_path / "results.csv").open(encoding="utf-8") as file:
+        notes = {row["direction"]: row["note"] for row in csv.DictReader(file) if row["contender"] == "flex"}
+    assert "no compiler found" in notes["forward"]
+    assert "no backward" in notes["forward+backward"]
 
 
 def test_flops_are_those_of_visible_pairs():
@@ -62,10 +75,83 @@ def test_command_writes_what_it_measured(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "bad", [["--shape", "1,2,3"], ["--dtype", "int8"], ["--against", "none"], ["--threads", "0"]]
+    "bad",
+    [
+        ["--shape", "1,2,3"],
+        ["--dtype", "int8"],
+        ["--against", "none"],
+        ["--threads", "0"],
+        ["--parts", "all"],
+    ],
 )
 def test_bad_arguments_end_with_one_sentence(bad, capsys):
     assert main(["bench", *bad]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert bad[0] in error
+
+
+def test_ratios_are_of_one_problem(tmp_path, capsys):
+    """Twice the work takes longer, and every column is there."""
+    arguments = ["--parts", "ratios", "--backend", "reference", "--shape", "2,2,192,32", "--seconds", "0"]
+    assert main(["bench", *arguments, "--dtype", "float32", "--out", str(tmp_path)]) == 0
+    with (tmp_path / "ratios.csv").open(encoding="utf-8") as file:
+        (row,) = csv.DictReader(file)
+    assert list(row) == list(ratios.FIELDS)
+    assert all(float(row[name]) > 0 for name in ratios.RATIOS)
+    assert "dv_alone" in capsys.readouterr().out
+
+
+def test_ratios_ask_for_the_gradients_they_name(monkeypatch):
+    results = {}
+
+    def steps_alone(steps, seconds):
+        results.update((name, step()) for name, step in steps.items())
+        return dict.fromkeys(steps, 1.0)
+
+    monkeypatch.setattr(ratios, "interleaved_medians", steps_alone)
+    row = ratios.measure((1, 2, 9, 8), "float32", "reference", 0.0)
+    assert {row[name] for name in ratios.RATIOS} == {1.0}
+    counts = {name: len(found) for name, found in results.items() if name.startswith("backward")}
+    assert counts == {
+        "backward full": 3, "backward causal": 3, "backward padded": 3, "backward dropout": 3,
+        "backward dq": 1, "backward dk dv": 2, "backward dv": 1,
+    }  # fmt: skip
+    assert not any(found.requires_grad for name, found in results.items() if name.startswith("forward"))
+
+
+def test_scaling_measures_time_and_memory(tmp_path):
+    assert (
+        main(["bench", "--parts", "scaling", "--longest", "256", "--seconds", "0", "--out", str(tmp_path)])
+        == 0
+    )
+    with (tmp_path / "scaling.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["axis"] for row in rows} == {"length", "batch x heads", "threads"}
+    lengths = [row for row in rows if row["axis"] == "length"]
+    assert [int(row["length"]) for row in lengths if row["variant"] == "full"] == [128, 256]
+    assert all(float(row["milliseconds"]) > 0 for row in rows)
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_phases_add_up(cpu, tmp_path):
+    """Compiles the counting library: half a minute."""
+    library = phases.build(cpu.isa())
+    for direction, absent in (("forward", "dq"), ("forward+backward", "p v")):
+        row = phases.measure(library, Cell(1, 2, 300, 64, "causal", "float32", direction), 0.1)
+        shares = [row[name] for name in phases.FIELDS[7:]]
+        assert sum(shares) == pytest.approx(1.0)
+        assert all(0 <= share < 0.9 for share in shares)
+        assert row[absent] == 0
+        assert row["q k^T"] > 0.05
+
+
+def test_the_installed_library_counts_no_phases(cpu):
+    with pytest.raises(AttributeError):
+        cpu._library.fastattn_cpu_take_phases  # noqa: B018
+
+
+def test_parts_that_need_the_cpu_kernels_are_refused(capsys):
+    assert main(["bench", "--parts", "phases", "--backend", "reference"]) == 2
+    assert "--parts" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from ...errors import FastattnError, UnsupportedError
 from ...problem import AttentionInputs, AttentionProblem, check_offsets
 from .. import Gradients
 from . import abi
-from .library import LibraryMissingError, open_library, torch_parallel_for
+from .library import PATH, LibraryMissingError, open_library, torch_parallel_for
 
 _CACHE_SIZE = 4096
 
@@ -21,7 +22,8 @@ class CpuBackend:
 
     name = "cpu"
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path = PATH) -> None:
+        self._path = path
         self._library: ctypes.CDLL | None = None
         self._unavailable: str | None = None
         self._parallel_for = 0
@@ -31,7 +33,7 @@ class CpuBackend:
     def status(self) -> str | None:
         if self._library is None and self._unavailable is None:
             try:
-                self._library = open_library()
+                self._library = open_library(self._path)
                 self._parallel_for = torch_parallel_for()
             except LibraryMissingError as error:
                 self._unavailable = str(error)

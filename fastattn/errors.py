@@ -7,6 +7,7 @@ from typing import Any
 
 __all__ = [
     "BackendUnavailableError",
+    "ChangedTensorError",
     "FastattnError",
     "InvalidArgumentError",
     "MissingDependencyError",
@@ -54,6 +55,10 @@ class BackendUnavailableError(FastattnError, RuntimeError):
 
     def __str__(self) -> str:
         return f"backend {self.backend!r} is not available: {self.reason}"
+
+
+class ChangedTensorError(FastattnError, RuntimeError):
+    """Something that backward computes again from was modified in place since forward."""
 
 
 class MissingDependencyError(FastattnError, ImportError):

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError, UnsupportedModelError
+from ..log import log_once
 from .families import Family, Reads, forward_parameters
 from .first_token import FirstRows
-from .log import log_once
 from .packing import Layout, plan
 
 KEYWORD = "fastattn_call"
@@ -27,6 +27,7 @@ class Options:
 
     padding_free: bool | str  # True, False, "auto"
     backend: str
+    recompute: str = "auto"  # "auto", "all", "none"
 
 
 @dataclass(eq=False)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..errors import UnsupportedModelError
+from ..frozen import CloseRecorder
 from .call import KEYWORD, Options, argument, begin, pad_output, replace_arguments
 from .families import EncoderFamily, Reads
 from .first_token import first_rows
@@ -34,7 +35,7 @@ class EnterModel:
             call.reads is Reads.FIRST
             and call.refusal is None
             and not kwargs.get("output_hidden_states", config.output_hidden_states)
-            and all(isinstance(hook, LeaveModel) for hook in model._forward_hooks.values())
+            and all(isinstance(hook, (LeaveModel, CloseRecorder)) for hook in model._forward_hooks.values())
         )
         return args, {**kwargs, KEYWORD: call}
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ..attention import attention, varlen_attention
 from ..errors import InvalidArgumentError, UnsupportedError
+from ..log import log_once
 from .call import Call
 from .first_token import FirstRows
-from .log import log_once
 from .masks import fastattn_mask
 from .prompt_attention import PromptPass
 

@@ -1,0 +1,8 @@
+"""What frozen weights allow: saving less for backward.
+
+Knows torch modules only; which of a transformers model's modules it is told about is decided in fastattn.hf.
+"""
+
+from .recompute import CloseRecorder, Recompute
+
+__all__ = ["CloseRecorder", "Recompute"]

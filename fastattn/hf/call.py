@@ -38,7 +38,8 @@ class Call:
     padding_free: bool | str
     reads: Reads = Reads.BARE
     labels: Tensor | None = None
-    last: Tensor | None = None  # (B,) the positions read, for Reads.LAST
+    last: Tensor | None = None  # (B,) the positions read, for Reads.LAST and EOS
+    contiguous: bool = False  # the model looks at distances, so padding may only lie around the tokens
     reached: bool = False  # the model below the head has got this object
     output_attentions: bool = False
     refusal: str | None = None  # why this pass keeps its padding
@@ -56,14 +57,21 @@ class Call:
             self.refusal = f"the attention mask {tuple(mask.shape)} is not that of tokens {tuple(shape)}"
         if self.refusal is not None and bool(mask.all()):
             return None
-        layout = self.refusal or plan(mask.to(torch.bool), self.reads, self.labels, self.last)
+        layout = self.refusal or plan(
+            mask.to(torch.bool), self.reads, self.labels, self.last, self.contiguous
+        )
         if isinstance(layout, str):
-            if self.padding_free is True:
-                raise UnsupportedError(f"padding_free=True cannot hold here: {layout}")
-            log_once(f"padding stays in this batch: {layout}")
+            self.keep_padding(layout)
             return None
         self.layout, self.attended = layout, 0
         return layout
+
+    def keep_padding(self, reason: str) -> None:
+        """There is padding, and it stays."""
+        if self.padding_free is True:
+            raise UnsupportedError(f"padding_free=True cannot hold here: {reason}")
+        log_once(f"padding stays in this batch: {reason}")
+        self.refusal = reason
 
     def check_attended(self, model: nn.Module) -> None:
         """Attention must have known of the packing in every layer; else it was wrong."""
@@ -86,11 +94,11 @@ def begin(
     call.output_attentions = bool(
         kwargs.get("output_attentions", getattr(model.config, "output_attentions", False))
     )
-    call.refusal = _refusal(model, args, kwargs, call)
+    call.refusal = _refusal(model, args, kwargs, call, family)
     return call
 
 
-def _refusal(model: nn.Module, args: tuple, kwargs: dict, call: Call) -> str | None:
+def _refusal(model: nn.Module, args: tuple, kwargs: dict, call: Call, family: Family) -> str | None:
     """Why this pass keeps its padding, as far as is known before the embeddings."""
     config = model.config
     if call.padding_free is False:
@@ -99,7 +107,7 @@ def _refusal(model: nn.Module, args: tuple, kwargs: dict, call: Call) -> str | N
         return f"the model's attn_implementation was set to {config._attn_implementation!r} after patch"
     if call.reads is Reads.ALL:
         return "the model's head reads the output at padded positions"
-    for name in ("past_key_values", "encoder_hidden_states"):
+    for name in ("past_key_values", *(() if family.attends_to_encoder else ("encoder_hidden_states",))):
         if argument(model, name, args, kwargs) is not None:
             return f"{name} is given"
     if call.output_attentions:

@@ -19,7 +19,7 @@ from .packing import Layout
 from .prompt_attention import KEYWORD as PROMPT
 from .prompt_cache import PromptCache
 
-_PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids")
+PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids")
 
 
 @dataclass(frozen=True)
@@ -36,17 +36,17 @@ class EnterDecoder:
         if isinstance(cache, PromptCache):
             return args, {**kwargs, PROMPT: cache.prompt_pass()}
         mask = argument(model, "attention_mask", args, kwargs)
-        tokens = {name: argument(model, name, args, kwargs) for name in _PER_TOKEN}
+        tokens = {name: argument(model, name, args, kwargs) for name in PER_TOKEN}
         first = next((value for value in tokens.values() if value is not None), None)
         if mask is None or first is None:
             return args, kwargs
-        if _uses_cache(model, args, kwargs):
+        if uses_cache(model, args, kwargs):
             return args, kwargs
         layout = call.layout_for(mask, first.shape[:2])
         if layout is None:
             return args, kwargs
-        new = {name: _pack(layout, value) for name, value in tokens.items() if value is not None}
-        new["position_ids"] = _positions(layout, argument(model, "position_ids", args, kwargs), first.device)
+        new = {name: pack_tokens(layout, value) for name, value in tokens.items() if value is not None}
+        new["position_ids"] = positions(layout, argument(model, "position_ids", args, kwargs), first.device)
         # Not None: from position_ids alone transformers would build a mask of pairs of tokens.
         new["attention_mask"] = torch.ones(1, len(layout.rows), dtype=torch.bool, device=first.device)
         new["use_cache"] = False
@@ -67,7 +67,7 @@ class LeaveDecoder:
         return pad_output(call.layout, output)
 
 
-def _uses_cache(model: nn.Module, args: tuple, kwargs: dict) -> bool:
+def uses_cache(model: nn.Module, args: tuple, kwargs: dict) -> bool:
     """Whether this pass reads or fills one. In training nobody reads what use_cache, the default, returns."""
     if argument(model, "past_key_values", args, kwargs) is not None:
         return True
@@ -76,13 +76,13 @@ def _uses_cache(model: nn.Module, args: tuple, kwargs: dict) -> bool:
     return bool(use_cache) and not model.training
 
 
-def _pack(layout: Layout, value: Tensor) -> Tensor:
+def pack_tokens(layout: Layout, value: Tensor) -> Tensor:
     """(B, N) or (B, N, C) -> (1, T) or (1, T, C)"""
     return layout.pack(value) if value.dim() == 3 else value.reshape(-1)[layout.rows][None]
 
 
-def _positions(layout: Layout, given: Tensor | None, device: torch.device) -> Tensor:
+def positions(layout: Layout, given: Tensor | None, device: torch.device) -> Tensor:
     """(1, T): each token's position in its padded sample, or what the caller said it is."""
     if given is None:
         given = torch.arange(layout.seqlen, device=device)[None]
-    return _pack(layout, given.expand(layout.batch, layout.seqlen))
+    return pack_tokens(layout, given.expand(layout.batch, layout.seqlen))

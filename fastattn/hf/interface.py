@@ -15,6 +15,7 @@ from ..attention import attention, varlen_attention
 from ..errors import InvalidArgumentError, UnsupportedError
 from ..log import log_once
 from .call import Call
+from .families import relative
 from .first_token import FirstRows
 from .masks import fastattn_mask
 from .prompt_attention import PromptPass
@@ -80,8 +81,9 @@ def fastattn_attention(
 
     query is (B, Hq, Nq, D), key and value (B, Hkv, Nk, D) with Hkv dividing Hq: nothing is expanded. With
     cu_seq_lens_q (int, B' + 1 offsets) the batch is one packed row of B' sequences and the mask is theirs by
-    construction. Returns the output as (B, Nq, Hq, Dv) and None, or the (B, Hq, Nq, Nk) weights where
-    output_attentions asks for them, which the model's plain formula then computes.
+    construction. position_bias is added to the scores: (B|1, Hq, Nq, Nk), or (Hq, Nq + Nk - 1) by distance
+    (families/relative.py). Returns the output as (B, Nq, Hq, Dv) and None, or the (B, Hq, Nq, Nk) weights
+    where output_attentions asks for them, which the model's plain formula then computes.
     """
     _refuse_unknown(module, kwargs)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -92,6 +94,14 @@ def fastattn_attention(
     options = {"scale": scaling, "softcap": softcap, "dropout_p": dropout}
     options["backend"] = "auto" if fastattn_call is None else fastattn_call.backend
     output_attentions = output_attentions or (fastattn_call is not None and fastattn_call.output_attentions)
+    relative_bias = None
+    if relative.is_by_distance(position_bias):
+        relative_bias, position_bias = position_bias if position_bias.shape[1] else None, None
+    elif position_bias is not None:
+        log_once(
+            f"{type(module).__name__} made a position bias for every pair of tokens, O(Nq Nk) memory; "
+            "after fastattn.hf.patch(model) it makes one for every distance"
+        )
 
     attend, attend_packed = attention, varlen_attention
     if fastattn_prompt is not None:
@@ -106,7 +116,7 @@ def fastattn_attention(
             what = "output_attentions=True" if output_attentions else "position_bias"
             raise UnsupportedError(f"{what} with packed sequences (cu_seq_lens_q)")
         lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
-        options.update(causal=causal, window=window)
+        options.update(causal=causal, window=window, relative_bias=relative_bias)
         return _packed(attend_packed, query, key, value, lengths, fastattn_first, **options), None
 
     key_mask, bias = None, position_bias
@@ -120,16 +130,23 @@ def fastattn_attention(
         elif key_mask.shape[1] != key.shape[2]:
             # Keys beyond the mask are the unwritten end of a static cache.
             key, value = key[:, :, : key_mask.shape[1]], value[:, :, : key_mask.shape[1]]
+    if relative_bias is not None:
+        # Keys that were cut off are the last, so are their distances.
+        relative_bias = relative_bias[:, : query.shape[2] + key.shape[2] - 1]
     if output_attentions:
         log_once(
             "output_attentions=True: attention runs as plain PyTorch, a fused kernel has no weights to return"
         )
         options.pop("backend")
+        if relative_bias is not None:
+            pairs = relative.of_pairs(relative_bias, query.shape[2], key.shape[2])
+            bias = pairs if bias is None else _added(bias, pairs)
         return attention_with_weights(
             query, key, value, key_mask, bias, causal=causal, window=window, **options
         )
-    options.update(causal=causal, window=window, key_mask=key_mask, bias=bias)
-    if fastattn_first is not None and bias is None and not causal and window is None:
+    options.update(causal=causal, window=window, key_mask=key_mask, bias=bias, relative_bias=relative_bias)
+    plain = bias is None and relative_bias is None and not causal and window is None
+    if fastattn_first is not None and plain:
         out = attend(query[:, :, :1], key, value, **options).transpose(1, 2)
         return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, query.shape[2] - 1)), None
     return attend(query, key, value, **options).transpose(1, 2), None

@@ -38,12 +38,21 @@ class Layout:
             "max_length_k": longest,
         }
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether there is no padding: every position is a token."""
+        return len(self.rows) == self.batch * self.seqlen
+
     def pack(self, hidden: Tensor) -> Tensor:
         """(B, N, C) -> (1, T, C)"""
+        if self.is_whole:
+            return hidden.reshape(1, self.batch * self.seqlen, -1)
         return _Gather.apply(hidden.reshape(self.batch * self.seqlen, -1), self.rows).unsqueeze(0)
 
     def pad(self, hidden: Tensor) -> Tensor:
         """(1, T, C) -> (B, N, C), zero where there is no token"""
+        if self.is_whole:
+            return hidden.reshape(self.batch, self.seqlen, -1)
         padded = _Scatter.apply(hidden.squeeze(0), self.rows, self.batch * self.seqlen)
         return padded.view(self.batch, self.seqlen, -1)
 
@@ -77,14 +86,18 @@ class _Scatter(torch.autograd.Function):
 
 @torch.compiler.disable
 def plan(
-    mask: Tensor, reads: Reads, labels: Tensor | None = None, last: Tensor | None = None
+    mask: Tensor,
+    reads: Reads,
+    labels: Tensor | None = None,
+    last: Tensor | None = None,
+    contiguous: bool = False,
 ) -> Layout | str | None:
     """The layout of a batch with this (B, N) bool mask; None if it has no padding; a string if its padding is
     read.
 
-    labels are the head's for Reads.LABELLED and NEXT, last the position (B,) it reads for Reads.LAST. The
-    mask's values
-    are read once: on a GPU the one point where the host waits.
+    labels are the head's for Reads.LABELLED and NEXT, last the position (B,) it reads for Reads.LAST and EOS.
+    contiguous: refuse padding between tokens, where the model looks at distances. The mask's values are read
+    once: on a GPU the one point where the host waits.
     """
     lengths = mask.sum(dim=1, dtype=torch.int32)
     # A sample with no token at all has nothing to lose.
@@ -95,7 +108,7 @@ def plan(
             ~mask[:, 0] & some,
             "a sample's first position is masked (left padding), and it may be read",
         )
-    elif reads is Reads.LAST:
+    elif reads in (Reads.LAST, Reads.EOS):
         read = ~mask.gather(1, last[:, None]).squeeze(1) & some
         reason = "the position that the head reads is masked"
     elif labels is not None and reads in (Reads.LABELLED, Reads.NEXT):
@@ -106,14 +119,28 @@ def plan(
         counts = labels != -100
         reason = "a masked position has a label other than -100, so its output counts in the loss"
         read = (counts[:, 1:] & ~mask[:, :-1]) if reads is Reads.NEXT else (counts & ~mask)
+    holes = torch.zeros_like(some)
+    if contiguous:
+        runs = mask[:, 0].to(torch.int32) + (mask[:, 1:] & ~mask[:, :-1]).sum(dim=1, dtype=torch.int32)
+        holes = runs > 1
     facts = [lengths.sum(), lengths.max(), lengths.min(), read.any().to(torch.int32)]
-    total, longest, shortest, is_read = torch.stack(facts).tolist()
+    facts.append(holes.any().to(torch.int32))
+    total, longest, shortest, is_read, has_holes = torch.stack(facts).tolist()
     if total == mask.numel():
         return None
     if is_read:
         return reason
+    if has_holes:
+        return "masked positions lie between tokens, whose distances this model looks at"
     if total == 0:
         return "no sample has a token"
     rows = torch.nonzero_static(mask.flatten(), size=total).squeeze(1)
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     return Layout(mask.shape[0], mask.shape[1], rows, cu_seqlens, longest, shortest)
+
+
+def whole(batch: int, seqlen: int, device: torch.device) -> Layout:
+    """The layout of a batch without padding, to go with another that has some."""
+    rows = torch.arange(batch * seqlen, device=device)
+    cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * seqlen
+    return Layout(batch, seqlen, rows, cu_seqlens, seqlen, seqlen)

@@ -15,9 +15,10 @@ from .. import dispatch
 from ..errors import BackendUnavailableError, InvalidArgumentError, UnsupportedModelError
 from ..frozen import Recompute
 from ..log import logger
-from . import decoder, encoder, first_token
+from . import decoder, encoder, first_token, seq2seq
 from .call import EnterHead, LeaveHead, Options
 from .families import EncoderFamily, Family, Reads, find_family, forward_parameters, supported
+from .families.seq2seq import Seq2SeqReads, Stack
 from .interface import NAME
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -48,7 +49,9 @@ def patch(
         model: holds one or more transformers models of a supported family.
         padding_free: "auto" leaves padding out of every batch where that changes nothing that is read, and
             logs once why it could not; True raises UnsupportedError where it cannot; False never does.
-            Decoders keep their padding where they use a key/value cache; in training they return none.
+            Decoders keep their padding where they use a key/value cache; in training they return none. In
+            training, an encoder-decoder model without a decoder mask ends each sample at its last label that
+            is not -100: logits behind it are those of a zero state.
         recompute: which tensors backward computes again instead of finding them saved: outputs of linear
             layers, norms and activations inside the model. "all" of them; "auto" those whose cost stays below
             15% of a step's matrix products, chosen by the first step; "none". Gradients are the same to the
@@ -119,7 +122,7 @@ def _check_options(padding_free: bool | str, recompute: str, backend: str) -> Op
     return Options(padding_free, backend, recompute)
 
 
-def _find(model: nn.Module) -> list[tuple[PreTrainedModel, Family, Reads | None]]:
+def _find(model: nn.Module) -> list[tuple[PreTrainedModel, Family | None, Reads | Seq2SeqReads | None]]:
     """Every place to patch: bare models (reads None) and models with a head. Nothing has been touched yet."""
     if not isinstance(model, nn.Module):
         raise InvalidArgumentError("model", f"a {type(model).__name__}", "a torch.nn.Module")
@@ -130,9 +133,9 @@ def _find(model: nn.Module) -> list[tuple[PreTrainedModel, Family, Reads | None]
         family = find_family(module.config.model_type)
         if family is None:
             unknown.append(f"{path or 'the model'} ({type(module).__name__}, {module.config.model_type!r})")
-        elif any(cls.__name__ == family.base for cls in type(module).__mro__):
-            family.check(module)
-            sites.append((module, family, None))
+        elif (part := family.part(module)) is not None:
+            part.check(module)
+            sites.append((module, part, None))
         else:
             reads = family.reads(module)
             if reads is not None:
@@ -140,7 +143,7 @@ def _find(model: nn.Module) -> list[tuple[PreTrainedModel, Family, Reads | None]
                     raise UnsupportedModelError(
                         f"{type(module).__name__}.forward takes no **kwargs to pass on"
                     )
-                sites.append((module, family, reads))
+                sites.append((module, None, reads))
     if unknown or not any(reads is None for _, _, reads in sites):
         found = "; ".join(unknown) or "no transformers model"
         would = ", ".join(type(module).__name__ for module, _, _ in sites) or "nothing"
@@ -152,8 +155,13 @@ def _find(model: nn.Module) -> list[tuple[PreTrainedModel, Family, Reads | None]
 
 
 def _patch_base(model: PreTrainedModel, family: Family, options: Options) -> None:
+    padding = f"padding_free {options.padding_free} (padded positions come back as zeros)"
     if isinstance(family, EncoderFamily):
         handles = _hook_encoder(model, family, options)
+    elif isinstance(family, Stack):
+        handles = seq2seq.hook(model, family, options)
+        if family.fixed_length:
+            padding = "no padding: its input has one length"
     else:
         handles = [
             model.register_forward_pre_hook(decoder.EnterDecoder(options, family), with_kwargs=True),
@@ -165,11 +173,11 @@ def _patch_base(model: PreTrainedModel, family: Family, options: Options) -> Non
     recompute = None if options.recompute == "none" else Recompute(options.recompute).attach(model)
     setattr(model, _RECORD, _Record(options, handles, True, before, recompute))
     logger.info(
-        "patched %s: %d layers, backend %s, padding_free %s (padded positions come back as zeros)",
+        "patched %s: %d layers, backend %s, %s",
         type(model).__name__,
         family.num_layers(model),
         options.backend,
-        options.padding_free,
+        padding,
     )
 
 
@@ -186,9 +194,10 @@ def _hook_encoder(model: PreTrainedModel, family: EncoderFamily, options: Option
     ]
 
 
-def _patch_head(model: PreTrainedModel, reads: Reads, options: Options) -> None:
+def _patch_head(model: PreTrainedModel, reads: Reads | Seq2SeqReads, options: Options) -> None:
+    enter = EnterHead(options, reads) if isinstance(reads, Reads) else seq2seq.EnterHead(options, reads)
     handles = [
-        model.register_forward_pre_hook(EnterHead(options, reads), with_kwargs=True),
+        model.register_forward_pre_hook(enter, with_kwargs=True),
         model.register_forward_hook(LeaveHead(), with_kwargs=True),
     ]
     setattr(model, _RECORD, _Record(options, handles, False))

@@ -14,7 +14,20 @@ import torch
 
 pytest.importorskip("transformers")
 import transformers
-from zoo import BACKEND, ZOO, batch, deviation, rows_in_layers, run, specimen, training_inputs, twin
+from zoo import (
+    BACKEND,
+    FRAMES,
+    ZOO,
+    batch,
+    deviation,
+    real_tokens,
+    recordings,
+    rows_in_layers,
+    run,
+    specimen,
+    training_inputs,
+    twin,
+)
 
 from fastattn.hf import patch, unpatch
 from fastattn.hf.families import supported
@@ -67,8 +80,8 @@ def compare(name: str, padding: str, what: tuple[str, ...], **changes) -> None:
 def test_loaded_with_attn_implementation(name, tmp_path):
     model = specimen(name)
     inputs = training_inputs(name, padding="right")
-    expected = run(model, inputs)
     model.save_pretrained(tmp_path)
+    expected = run(type(model).from_pretrained(tmp_path, attn_implementation="eager"), inputs)
     ours = type(model).from_pretrained(tmp_path, attn_implementation="fastattn")
     assert ours.config._attn_implementation == "fastattn"
     assert max(deviation(run(ours, inputs), expected).values()) <= 1e-5
@@ -85,6 +98,7 @@ def test_bfloat16(name):
     inputs = training_inputs(name, padding="right")
     model = specimen(name)
     exact = run(model, inputs)["logits"]
+    inputs = {key: value.bfloat16() if value.is_floating_point() else value for key, value in inputs.items()}
     theirs = run(model.bfloat16(), inputs)["logits"].float() - exact
     ours = run(patch(model, backend=BACKEND), inputs)["logits"].float() - exact
     assert ours.norm() <= 2 * theirs.norm()
@@ -125,7 +139,8 @@ def test_lora_trains_alike(name):
         )
         torch.manual_seed(0)
         model = change(peft.get_peft_model(model, config).train())
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+        # A larger step saturates T5, whose scores are not scaled, and makes much of every rounding.
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
         steps = []
         for _ in range(2):
             steps.append(run(model, inputs))
@@ -162,7 +177,9 @@ def test_layers_see_tokens_only(name):
     for head in ZOO[name].heads:
         inputs = training_inputs(name, head, "right")
         model = specimen(name, head).train()
-        padded, tokens = inputs["attention_mask"].numel(), int(inputs["attention_mask"].sum())
+        mask = real_tokens(inputs)
+        recorded = len(mask) * FRAMES if ZOO[name].kind == "speech" else 0
+        padded, tokens = max(mask.numel(), recorded), max(int(mask.sum()), recorded)
         assert rows_in_layers(model, inputs) == padded
         patch(model, backend=BACKEND, padding_free=True)
         assert rows_in_layers(model, inputs) == tokens, head
@@ -183,6 +200,8 @@ def test_generate(name):
         inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, 0)
         if assisted:  # transformers assists batches of one
             inputs = {key: torch.cat([value[:1]] * 2, 1) for key, value in inputs.items()}
+        if kind.kind == "speech":
+            inputs = recordings(1 if assisted else 3)
         results = []
         for generator in (model, ours):
             options = {**PLAIN, **options, "return_dict_in_generate": True, "output_logits": True}

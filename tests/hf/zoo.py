@@ -70,7 +70,8 @@ def _stirred(model: nn.Module) -> nn.Module:
     """The initial weights leave attention close to a mean; these make errors in it visible."""
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+            if parameter.requires_grad:  # sinusoidal positions are what they are, and not saved
+                parameter.add_(0.1 * torch.randn_like(parameter))
     return model
 
 
@@ -126,12 +127,18 @@ def run(model: nn.Module, inputs: dict, **options) -> dict[str, torch.Tensor]:
     out.loss.backward()
     logits = out.logits
     if logits.dim() == 3:
-        logits = logits[inputs["attention_mask"].bool()]
+        logits = logits[real_tokens(inputs)]
     result = {"logits": logits.detach(), "loss": out.loss.detach()}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             result[f"grad {name}"] = parameter.grad.clone()
     return result
+
+
+def real_tokens(inputs: dict) -> torch.Tensor:
+    """(B, N) bool: where the mask, or without one the labels, say that there is a token."""
+    mask = inputs.get("attention_mask")
+    return inputs["labels"] != -100 if mask is None else mask.bool()
 
 
 def deviation(result: dict, expected: dict) -> dict[str, float]:
@@ -164,7 +171,8 @@ def twin(model: nn.Module) -> nn.Module:
 class Specimen:
     """Small models of one family."""
 
-    kind: str  # "encoder", "decoder", "vision" or "encoder-decoder": what is fed to it, see training_inputs
+    # "encoder", "decoder", "vision", "encoder-decoder" or "speech": what is fed to it, see training_inputs
+    kind: str
     config: str  # class of its config
     heads: tuple[str, ...]  # classes of models with a head; the first one generates and takes LoRA
     settings: dict  # of the config
@@ -185,6 +193,37 @@ _LLAMA_LIKE = {
     "num_labels": 3,
 }
 _SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_T5_LIKE = {
+    "vocab_size": VOCAB,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,  # few and near, so that short sequences meet every kind
+    "relative_attention_max_distance": 12,
+    "dropout_rate": 0.0,
+    "num_labels": 3,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 0,
+}
+_BART_LIKE = {
+    "vocab_size": VOCAB,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "scale_embedding": True,
+    "decoder_start_token_id": 1,
+    **_SPECIAL,
+}
+FRAMES = 19  # positions of a recording behind Whisper's convolutions, which halve them
 
 
 def _heads(prefix: str, *heads: str) -> tuple[str, ...]:
@@ -247,6 +286,42 @@ ZOO = {
         _heads("LlamaFor", "CausalLM", "SequenceClassification"),
         {**_LLAMA_LIKE, **_SPECIAL},
     ),
+    **{
+        model_type: Specimen(
+            "encoder-decoder",
+            f"{prefix}Config",
+            _heads(f"{prefix}For", "ConditionalGeneration", "SequenceClassification"),
+            _T5_LIKE,
+            ("q", "v"),
+        )
+        for model_type, prefix in (("t5", "T5"), ("mt5", "MT5"))
+    },
+    "bart": Specimen(
+        "encoder-decoder",
+        "BartConfig",
+        _heads("BartFor", "ConditionalGeneration", "SequenceClassification"),
+        {**_BART_LIKE, "max_position_embeddings": 64, "num_labels": 3},
+    ),
+    "marian": Specimen(
+        "encoder-decoder",
+        "MarianConfig",
+        ("MarianMTModel",),
+        {**_BART_LIKE, "max_position_embeddings": 64, "tie_word_embeddings": False},
+    ),
+    "whisper": Specimen(
+        "speech",
+        "WhisperConfig",
+        ("WhisperForConditionalGeneration",),
+        {
+            **_BART_LIKE,
+            "num_mel_bins": 8,
+            "max_source_positions": FRAMES,
+            "max_target_positions": 64,
+            "tie_word_embeddings": False,
+            "begin_suppress_tokens": None,
+            "suppress_tokens": None,
+        },
+    ),
 }
 
 
@@ -274,7 +349,22 @@ def training_inputs(name: str, head: str | None = None, padding: str = "none", *
         # What predicts the first token is padding on the left, and no two implementations agree on that.
         hidden |= (inputs["attention_mask"].cumsum(1) == 1) & (padding == "left")
         return {**inputs, "labels": inputs["input_ids"].masked_fill(hidden, -100)}
-    raise AssertionError(kind.kind)
+    hidden = inputs["attention_mask"] == 0
+    if head.endswith("SequenceClassification"):
+        # Its head reads the decoder at the end-of-sequence token.
+        last = (inputs["attention_mask"] * torch.arange(1, hidden.shape[1] + 1)).argmax(1)
+        inputs["input_ids"][torch.arange(len(last)), last] = _T5_LIKE["eos_token_id"]
+        labels = labels_for("SequenceClassification", inputs)
+    else:  # as many target tokens as source tokens, padded alike
+        labels = labels_for("MaskedLM", inputs)
+    inputs["input_ids"] = inputs["input_ids"].masked_fill(hidden, 0)
+    return {**(recordings(len(hidden)) if kind.kind == "speech" else inputs), "labels": labels}
+
+
+def recordings(size: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """What Whisper is given; all are of one length."""
+    generator = torch.Generator().manual_seed(seed)
+    return {"input_features": torch.randn(size, 8, 2 * FRAMES, generator=generator)}
 
 
 def rows_in_layers(model: nn.Module, inputs: dict) -> int:

@@ -26,6 +26,7 @@ class Reads(enum.Enum):
     LABELLED = "the positions whose label is not -100"
     NEXT = "the positions before those whose label is not -100"
     LAST = "the last position that is no pad token"
+    EOS = "the position of the last end-of-sequence token"
     TOKENS = "the positions the attention mask keeps"
     ALL = "every position, padding too"
 
@@ -40,25 +41,46 @@ class Family:
     attention: str  # path within a layer to the module that calls the attention function
     heads: tuple[tuple[str, Reads], ...]  # classes of models with a head, and what they read
 
+    @property
+    def attends_to_encoder(self) -> bool:
+        """Whether its cross-attention, if it has any, takes packed states."""
+        return False
+
+    def is_base(self, module: nn.Module) -> bool:
+        return any(cls.__name__ == self.base for cls in type(module).__mro__)
+
+    def part(self, module: nn.Module) -> Family | None:
+        """What patch has to know of `module`, if it is a place where layers are run."""
+        return self if self.is_base(module) else None
+
     def check(self, base: nn.Module) -> None:
         """Raise UnsupportedModelError unless `base` is built as this family says."""
+        for layer in self._layers(base):
+            self._check_forward(layer, "hidden_states", "attention_mask")
+            self._check_forward(self._child(layer, self.attention), "hidden_states", "attention_mask")
+
+    def _layers(self, base: nn.Module) -> nn.ModuleList:
         layers = self._child(base, self.layers)
         if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
             raise self._mismatch(base, f"{self.layers} is no list of layers")
         self._check_forward(base, "attention_mask")
-        for layer in layers:
-            self._check_forward(layer, "hidden_states", "attention_mask")
-            self._check_forward(self._child(layer, self.attention), "hidden_states", "attention_mask")
+        return layers
 
     def num_layers(self, base: nn.Module) -> int:
         return len(self._child(base, self.layers))
 
     def reads(self, model: nn.Module) -> Reads | None:
         """What a model with a head reads; ALL for one not listed, None for one not transformers' own."""
+        name = self.class_name(model)
+        return None if name is None else dict(self.heads).get(name, Reads.ALL)
+
+    @staticmethod
+    def class_name(model: nn.Module) -> str | None:
+        """The transformers class whose forward a model with a head has; None if it has one of its own."""
         mro = type(model).__mro__
         if not _is_transformers(next(cls for cls in mro if "forward" in vars(cls))):
             return None
-        return dict(self.heads).get(next(filter(_is_transformers, mro)).__name__, Reads.ALL)
+        return next(filter(_is_transformers, mro)).__name__
 
     def _child(self, module: nn.Module, path: str) -> nn.Module:
         for name in path.split("."):
@@ -141,6 +163,7 @@ def supported() -> tuple[str, ...]:
 
 
 def _families() -> dict[str, Family]:
-    from . import decoders, encoders
+    from . import decoders, encoders, seq2seq
 
-    return {family.model_type: family for family in (*encoders.FAMILIES, *decoders.FAMILIES)}
+    known = (*encoders.FAMILIES, *decoders.FAMILIES, *seq2seq.FAMILIES)
+    return {family.model_type: family for family in known}

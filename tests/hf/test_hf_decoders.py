@@ -9,8 +9,9 @@ pytest.importorskip("transformers")
 import transformers
 from zoo import BACKEND, batch, decoder, deviation, run, twin
 
+from fastattn import log
 from fastattn.errors import UnsupportedError
-from fastattn.hf import log, patch, unpatch
+from fastattn.hf import patch, unpatch
 
 DECODERS = ("gpt2", "llama")
 pytestmark = pytest.mark.skipif(BACKEND == "reference", reason="the native CPU library is not built")

@@ -9,8 +9,9 @@ from torch import nn
 pytest.importorskip("transformers")
 from zoo import BACKEND, ENCODERS, PADDINGS, batch, build, deviation, labels_for, run, twin
 
+from fastattn import log
 from fastattn.errors import InvalidArgumentError, UnsupportedError, UnsupportedModelError
-from fastattn.hf import call, log, patch
+from fastattn.hf import call, patch
 from fastattn.hf.families import Reads
 from fastattn.hf.packing import Layout, plan
 

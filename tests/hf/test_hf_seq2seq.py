@@ -10,8 +10,9 @@ pytest.importorskip("transformers")
 from seq2seq_zoo import FAMILIES, TEXT, run_seq2seq, seq2seq, sources, targets
 from zoo import BACKEND, FRAMES, deviation, run, twin
 
+from fastattn import log
 from fastattn.errors import UnsupportedError, UnsupportedModelError
-from fastattn.hf import log, patch, unpatch
+from fastattn.hf import patch, unpatch
 
 pytestmark = pytest.mark.skipif(BACKEND == "reference", reason="the native CPU library is not built")
 

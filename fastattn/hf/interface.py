@@ -107,6 +107,8 @@ def fastattn_attention(
     if fastattn_prompt is not None:
         if output_attentions:
             raise UnsupportedError("output_attentions=True with a shared prompt")
+        if relative_bias is not None:
+            raise UnsupportedError("a position bias with a shared prompt")
         attend, attend_packed = fastattn_prompt.of_layer(module)
 
     if cu_seq_lens_q is not None:
@@ -116,7 +118,9 @@ def fastattn_attention(
             what = "output_attentions=True" if output_attentions else "position_bias"
             raise UnsupportedError(f"{what} with packed sequences (cu_seq_lens_q)")
         lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
-        options.update(causal=causal, window=window, relative_bias=relative_bias)
+        options.update(causal=causal, window=window)
+        if relative_bias is not None:
+            options["relative_bias"] = relative_bias
         return _packed(attend_packed, query, key, value, lengths, fastattn_first, **options), None
 
     key_mask, bias = None, position_bias
@@ -132,19 +136,19 @@ def fastattn_attention(
             key, value = key[:, :, : key_mask.shape[1]], value[:, :, : key_mask.shape[1]]
     if relative_bias is not None:
         # Keys that were cut off are the last, so are their distances.
-        relative_bias = relative_bias[:, : query.shape[2] + key.shape[2] - 1]
+        options["relative_bias"] = relative_bias[:, : query.shape[2] + key.shape[2] - 1]
     if output_attentions:
         log_once(
             "output_attentions=True: attention runs as plain PyTorch, a fused kernel has no weights to return"
         )
         options.pop("backend")
         if relative_bias is not None:
-            pairs = relative.of_pairs(relative_bias, query.shape[2], key.shape[2])
+            pairs = relative.of_pairs(options.pop("relative_bias"), query.shape[2], key.shape[2])
             bias = pairs if bias is None else _added(bias, pairs)
         return attention_with_weights(
             query, key, value, key_mask, bias, causal=causal, window=window, **options
         )
-    options.update(causal=causal, window=window, key_mask=key_mask, bias=bias, relative_bias=relative_bias)
+    options.update(causal=causal, window=window, key_mask=key_mask, bias=bias)
     plain = bias is None and relative_bias is None and not causal and window is None
     if fastattn_first is not None and plain:
         out = attend(query[:, :, :1], key, value, **options).transpose(1, 2)

@@ -154,6 +154,26 @@ typedef struct {
   int64_t drelative_bias_stride_h;
 } fastattn_backward_io;
 
+/* Dropout of hidden states: out = keep ? x * 65536 / (65536 - round(dropout_p * 65536)) : 0, for contiguous
+ * (rows, columns) x and out, which may be the same memory. Element c of position n of sequence b is kept
+ * where the attention weight (b, h = 0, i = n, j = c) would be. Row r is position r % seqlen of sequence r /
+ * seqlen, or, with batch + 1 ascending offsets cu_seqlens from 0 to rows, position r - cu_seqlens[b] of
+ * sequence b. */
+typedef struct {
+  uint32_t struct_size;
+  int32_t dtype;
+  const void* x;
+  void* out;
+  int64_t rows;
+  int64_t columns;
+  int64_t seqlen; /* padded layout only */
+  int64_t batch;  /* packed layout only */
+  const int32_t* cu_seqlens;
+  uint64_t seed;
+  float dropout_p;   /* 0 <= p < 1 */
+  int32_t reserved0; /* 0 */
+} fastattn_hidden_dropout;
+
 FASTATTN_API int32_t fastattn_abi_version(void);
 
 /* What the last call that failed on this thread found wrong: one English sentence, never NULL. */
@@ -174,6 +194,10 @@ FASTATTN_API fastattn_status fastattn_cpu_forward(const fastattn_problem* proble
 FASTATTN_API fastattn_status fastattn_cpu_backward(const fastattn_problem* problem,
                                                    const fastattn_backward_io* io,
                                                    const fastattn_executor* executor);
+
+/* Its own gradient: applied to that of out, it gives that of x. */
+FASTATTN_API fastattn_status fastattn_cpu_hidden_dropout(const fastattn_hidden_dropout* io,
+                                                         const fastattn_executor* executor);
 
 /* keep[b][h][i][j] = 1 where dropout keeps, for tests and for the reference: (batch, num_heads,
  * seqlen_q, seqlen_k) contiguous bytes. The same function of (seed, b, h, i, j) on every backend. */

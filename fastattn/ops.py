@@ -353,6 +353,44 @@ def _in_a_loop(op):
     return batched
 
 
+# ---- dropout of hidden states: see frozen/dropout.py
+
+_library.define(
+    "hidden_dropout(Tensor x, Tensor seed, Tensor? cu_seqlens, int seqlen, float dropout_p) -> Tensor"
+)
+hidden_dropout = torch.ops.fastattn.hidden_dropout.default
+
+
+def _hidden_dropout_kernel(
+    x: Tensor, seed: Tensor, cu_seqlens: Tensor | None, seqlen: int, dropout_p: float
+) -> Tensor:
+    """(rows, columns) x; row r is position r % seqlen of sequence r // seqlen, or as int32 cu_seqlens say."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    dispatch.load("cpu").hidden_dropout(x, out, dropout_p, int(seed), seqlen, cu_seqlens)
+    return out
+
+
+class _HiddenDropout(torch.autograd.Function):
+    """Linear in x, so its gradient is itself; what it saves is the seed."""
+
+    @staticmethod
+    def forward(ctx, x, call):
+        ctx.call = call
+        with torch._C._AutoDispatchBelowAutograd():
+            return hidden_dropout(x, *call)
+
+    @staticmethod
+    def backward(ctx, dout):
+        return hidden_dropout(dout, *ctx.call), None
+
+
+_library.impl("hidden_dropout", _hidden_dropout_kernel, "CPU")
+_library.impl("hidden_dropout", lambda x, *call: _HiddenDropout.apply(x, call), "Autograd")
+torch.library.register_fake(
+    "fastattn::hidden_dropout", lambda x, *call: torch.empty_like(x).contiguous(), lib=_library
+)
+
 _library.impl("forward", _forward_kernel, "CompositeExplicitAutograd")
 _library.impl("backward", _backward_kernel, "CompositeExplicitAutograd")
 torch.library.register_fake("fastattn::forward", _forward_fake, lib=_library)

@@ -337,6 +337,21 @@ fastattn_status backward(const fastattn_problem* p, const fastattn_backward_io* 
   return status;
 }
 
+// Rows of about 4096 elements a unit: long enough to be worth taking, short enough to be shared out.
+fastattn_status hidden_dropout(const fastattn_hidden_dropout* io, const fastattn_executor* executor) {
+  fastattn_status status = validate_hidden_dropout(io);
+  if (status == FASTATTN_OK) status = validate_executor(executor);
+  if (status != FASTATTN_OK || io->rows * io->columns == 0) return status;
+  const Kernels* kernels = select_kernels(&status);
+  if (kernels == nullptr) return status;
+  Work work = {};
+  work.hidden_dropout = io;
+  work.unit_count = io->rows;
+  work.grain = std::max<int64_t>(1, 4096 / io->columns);
+  run_on_threads(executor, kernels->hidden_dropout[io->dtype], &work);
+  return FASTATTN_OK;
+}
+
 }  // namespace
 }  // namespace fastattn
 
@@ -352,6 +367,11 @@ extern "C" fastattn_status fastattn_cpu_backward(const fastattn_problem* problem
                                                  const fastattn_backward_io* io,
                                                  const fastattn_executor* executor) {
   return fastattn::backward(problem, io, executor);
+}
+
+extern "C" fastattn_status fastattn_cpu_hidden_dropout(const fastattn_hidden_dropout* io,
+                                                       const fastattn_executor* executor) {
+  return fastattn::hidden_dropout(io, executor);
 }
 
 extern "C" fastattn_status fastattn_cpu_dropout_mask(uint64_t seed, float dropout_p, int64_t batch,

@@ -18,11 +18,9 @@ struct Dropout {
   float scale;
   bool active;
 
-  explicit Dropout(const fastattn_problem& p)
-      : seed(p.dropout_seed),
-        threshold(dropout_threshold(p.dropout_p)),
-        scale(dropout_scale(p.dropout_p)),
-        active(p.dropout_p > 0.0f) {}
+  Dropout(uint64_t seed, float p)
+      : seed(seed), threshold(dropout_threshold(p)), scale(dropout_scale(p)), active(p > 0.0f) {}
+  explicit Dropout(const fastattn_problem& p) : Dropout(p.dropout_seed, p.dropout_p) {}
 
   // keep[c] = -1 where the weight of key j + c is kept, else 0. j is a multiple of kDropoutLanes, and keep is
   // written up to the next one after n.

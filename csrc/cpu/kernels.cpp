@@ -6,6 +6,7 @@
 #include "bias_passes.h"
 #include "decode.h"
 #include "forward.h"
+#include "hidden_dropout.h"
 #include "phases.h"
 
 namespace fastattn::FASTATTN_ISA_NS {
@@ -22,10 +23,7 @@ void run_units(Work* work) {
 }
 
 void dropout_mask_row(uint64_t seed, float p, int64_t b, int64_t h, int64_t i, int64_t nk, uint8_t* keep) {
-  fastattn_problem problem = {};
-  problem.dropout_seed = seed;
-  problem.dropout_p = p;
-  const Dropout dropout(problem);
+  const Dropout dropout(seed, p);
   int32_t row[kKeyTile];
   for (int64_t j = 0; j < nk; j += kKeyTile) {
     const int n = nk - j < kKeyTile ? (int)(nk - j) : kKeyTile;
@@ -53,6 +51,7 @@ const Kernels kernels = {FASTATTN_ISA_NAME,
                          FASTATTN_BY_DTYPE(QueryPass),
                          FASTATTN_BY_DTYPE(BiasPass),
                          FASTATTN_BY_DTYPE(RelativePass),
+                         {hidden_dropout<F32>, hidden_dropout<F16>, hidden_dropout<BF16>},
                          dropout_mask_row};
 
 }  // namespace fastattn::FASTATTN_ISA_NS

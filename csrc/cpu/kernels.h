@@ -34,6 +34,7 @@ struct Work {
   // of a head are separate units; else the floats that a unit needs for its own.
   float* shared_dq_sums;
   int64_t unit_dq_sums;
+  const fastattn_hidden_dropout* hidden_dropout;  // the job of that kernel: its units are blocks of rows
 };
 
 typedef void (*Worker)(Work* work);
@@ -46,6 +47,7 @@ struct Kernels {
   Worker backward_q[3];     // dq alone
   Worker backward_bias[3];
   Worker backward_relative[3];
+  Worker hidden_dropout[3];
   void (*dropout_mask)(uint64_t seed, float p, int64_t b, int64_t h, int64_t i, int64_t nk, uint8_t* keep);
 };
 

@@ -169,6 +169,34 @@ fastattn_status validate_dropout_p(float p) {
   return FASTATTN_OK;
 }
 
+fastattn_status validate_hidden_dropout(const fastattn_hidden_dropout* io) {
+  REQUIRE(io != nullptr, "io is a null pointer.");
+  REQUIRE(io->struct_size == sizeof(*io), "io.struct_size is %u; this library's io has %zu bytes.",
+          io->struct_size, sizeof(*io));
+  REQUIRE(io->dtype >= FASTATTN_F32 && io->dtype <= FASTATTN_BF16, "dtype is %d; it must be 0, 1 or 2.",
+          io->dtype);
+  REQUIRE(io->reserved0 == 0, "io.reserved0 is %d; it must be 0.", io->reserved0);
+  CHECK(validate_dropout_p(io->dropout_p));
+  const int64_t limit = INT64_C(1) << 31;
+  REQUIRE(io->rows >= 0 && io->rows < limit, "rows is %lld; it must be at least 0 and below 2^31.",
+          (long long)io->rows);
+  REQUIRE(io->columns >= 0 && io->columns < limit, "columns is %lld; it must be at least 0 and below 2^31.",
+          (long long)io->columns);
+  REQUIRE(io->rows * io->columns == 0 || (io->x != nullptr && io->out != nullptr),
+          "x or out is a null pointer.");
+  if (io->cu_seqlens == nullptr) {
+    REQUIRE(io->seqlen >= 1, "seqlen is %lld; it must be positive.", (long long)io->seqlen);
+    return FASTATTN_OK;
+  }
+  REQUIRE(io->batch >= 0 && io->batch < limit, "batch is %lld; it must be at least 0 and below 2^31.",
+          (long long)io->batch);
+  CHECK(check_offsets("cu_seqlens", io->cu_seqlens, io->batch, io->rows, io->rows));
+  REQUIRE(io->cu_seqlens[0] == 0 && io->cu_seqlens[io->batch] == io->rows,
+          "cu_seqlens goes from %d to %d; it must be from 0 to the number of rows, %lld.", io->cu_seqlens[0],
+          io->cu_seqlens[io->batch], (long long)io->rows);
+  return FASTATTN_OK;
+}
+
 fastattn_status validate_executor(const fastattn_executor* e) {
   REQUIRE(e == nullptr || e->num_threads >= 1, "executor.num_threads is %d; it must be positive.",
           e->num_threads);

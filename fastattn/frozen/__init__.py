@@ -3,6 +3,7 @@
 Knows torch modules only; which of a transformers model's modules it is told about is decided in fastattn.hf.
 """
 
+from .dropout import replace_dropouts, restore_dropouts, set_packing
 from .recompute import CloseRecorder, Recompute
 
-__all__ = ["CloseRecorder", "Recompute"]
+__all__ = ["CloseRecorder", "Recompute", "replace_dropouts", "restore_dropouts", "set_packing"]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError, UnsupportedModelError
+from ..frozen import set_packing
 from ..log import log_once
 from .families import Family, Reads, forward_parameters
 from .first_token import FirstRows
@@ -64,6 +65,8 @@ class Call:
             self.keep_padding(layout)
             return None
         self.layout, self.attended = layout, 0
+        if layout is not None:
+            set_packing(layout.cu_seqlens, len(layout.rows))
         return layout
 
     def keep_padding(self, reason: str) -> None:
@@ -90,6 +93,7 @@ def begin(
     if call is None:
         call = Call(options.backend, options.padding_free, reads)
     call.reached = True
+    set_packing(None)
     call.layers = family.num_layers(model)
     call.output_attentions = bool(
         kwargs.get("output_attentions", getattr(model.config, "output_attentions", False))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..attention import attention, varlen_attention
 from ..errors import InvalidArgumentError, UnsupportedError
+from ..frozen import set_packing
 from ..log import log_once
 from .call import Call
 from .families import relative
@@ -111,6 +112,8 @@ def fastattn_attention(
             raise UnsupportedError("a position bias with a shared prompt")
         attend, attend_packed = fastattn_prompt.of_layer(module)
 
+    # What dropout behind this attention has to know: see frozen/dropout.py.
+    set_packing(cu_seq_lens_q, query.shape[2])
     if cu_seq_lens_q is not None:
         if fastattn_call is not None:
             fastattn_call.attended += 1

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from .. import dispatch
 from ..errors import BackendUnavailableError, InvalidArgumentError, UnsupportedModelError
-from ..frozen import Recompute
+from ..frozen import Recompute, replace_dropouts, restore_dropouts
 from ..log import logger
 from . import decoder, encoder, first_token, seq2seq
 from .call import EnterHead, LeaveHead, Options
@@ -91,6 +91,7 @@ def unpatch(model: Model) -> Model:
             handle.remove()
         if record.recompute is not None:
             record.recompute.detach()
+        restore_dropouts(module)
         # Whoever chose another implementation since patch keeps it.
         if record.is_base and module.config._attn_implementation == NAME:
             module.config._attn_implementation_internal = record.attn_implementation
@@ -170,6 +171,7 @@ def _patch_base(model: PreTrainedModel, family: Family, options: Options) -> Non
     before = model.config._attn_implementation
     # The internal attribute, as set_attn_implementation does: sub-configs are models of their own.
     model.config._attn_implementation_internal = NAME
+    replace_dropouts(model)
     recompute = None if options.recompute == "none" else Recompute(options.recompute).attach(model)
     setattr(model, _RECORD, _Record(options, handles, True, before, recompute))
     logger.info(
@@ -200,5 +202,6 @@ def _patch_head(model: PreTrainedModel, reads: Reads | Seq2SeqReads, options: Op
         model.register_forward_pre_hook(enter, with_kwargs=True),
         model.register_forward_hook(LeaveHead(), with_kwargs=True),
     ]
+    replace_dropouts(model)
     setattr(model, _RECORD, _Record(options, handles, False))
     logger.info("patched %s, which reads %s", type(model).__name__, reads.value)

@@ -45,6 +45,7 @@ _BACKWARD = struct.Struct(
     f"{_BIAS}"  # dbias
     "Qq"  # drelative_bias, drelative_bias_stride_h
 )
+_HIDDEN_DROPOUT = struct.Struct("@IiQQqqqqQQfI")  # as fastattn_hidden_dropout lists them
 _EXECUTOR = struct.Struct("@Qi4x")  # parallel_for, num_threads, padding
 _FIXED = struct.Struct("@" + _PROBLEM_FIXED)
 _OPTIONAL = struct.Struct("@" + _PROBLEM_OPTIONAL)
@@ -128,6 +129,25 @@ def backward_struct(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None,
         *(_NO_BIAS if dbias is None else _bias(dbias)),
         0 if drelative_bias is None else drelative_bias.data_ptr(),
         0 if drelative_bias is None else drelative_bias.stride(0),
+    )
+
+
+def hidden_dropout_struct(
+    x: Tensor, out: Tensor, dropout_p: float, seed: int, seqlen: int, cu_seqlens: Tensor | None
+) -> bytes:
+    """fastattn_hidden_dropout, for contiguous (rows, columns) tensors."""
+    return _HIDDEN_DROPOUT.pack(
+        _HIDDEN_DROPOUT.size,
+        DTYPES[x.dtype],
+        x.data_ptr(),
+        out.data_ptr(),
+        *x.shape,
+        seqlen,
+        0 if cu_seqlens is None else len(cu_seqlens) - 1,
+        0 if cu_seqlens is None else cu_seqlens.data_ptr(),
+        seed & 0xFFFFFFFFFFFFFFFF,
+        dropout_p,
+        0,
     )
 
 

@@ -83,6 +83,15 @@ class CpuBackend:
         if status != abi.STATUS_OK:
             self._raise(status, problem, inputs)
 
+    def hidden_dropout(
+        self, x: Tensor, out: Tensor, dropout_p: float, seed: int, seqlen: int, cu_seqlens: Tensor | None
+    ) -> None:
+        """See `fastattn.frozen.dropout`; x and out are contiguous (rows, columns)."""
+        io = abi.hidden_dropout_struct(x, out, dropout_p, seed, seqlen, cu_seqlens)
+        status = self._library.fastattn_cpu_hidden_dropout(io, self._executor())
+        if status != abi.STATUS_OK:
+            raise FastattnError(self._library.fastattn_last_error().decode())
+
     def dropout_mask(self, seed: int, dropout_p: float, shape: tuple[int, int, int, int]) -> Tensor:
         """What the library keeps under dropout: bool (batch, num_heads, seqlen_q, seqlen_k)."""
         keep = torch.empty(shape, dtype=torch.uint8)

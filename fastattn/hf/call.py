@@ -95,6 +95,7 @@ def begin(
     call.reached = True
     set_packing(None)
     call.layers = family.num_layers(model)
+    call.contiguous = call.contiguous or family.contiguous(model)
     call.output_attentions = bool(
         kwargs.get("output_attentions", getattr(model.config, "output_attentions", False))
     )
@@ -116,6 +117,8 @@ def _refusal(model: nn.Module, args: tuple, kwargs: dict, call: Call, family: Fa
             return f"{name} is given"
     if call.output_attentions:
         return "output_attentions=True"
+    if model.training and getattr(model, "layerdrop", 0.0) > 0.0:
+        return "layerdrop leaves out layers at random"
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         return "the model is being traced, and the number of real tokens is data"
     return None

@@ -1,9 +1,8 @@
-"""Training a decoder without padding: its tokens are packed before the embeddings and padded behind the last
-norm.
+"""A decoder without padding: its tokens are packed before the embeddings and padded behind the last norm.
 
-Positions are those that the padded batch has, so outputs at real tokens are exactly the same. Inference with
-a cache
-keeps its padding: what is cached must lie as the next call expects it.
+So are those of any model whose embeddings and layers are in one forward. Positions are those that the padded
+batch has, so outputs at real tokens are exactly the same. Inference with a cache keeps its padding: what is
+cached must lie as the next call expects it.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .call import KEYWORD, Options, argument, begin, pad_output, replace_arguments
-from .families import DecoderFamily, Reads
+from .families import DecoderFamily, FlatFamily, forward_parameters
 from .packing import Layout
 from .prompt_attention import KEYWORD as PROMPT
 from .prompt_cache import PromptCache
@@ -27,10 +26,10 @@ class EnterDecoder:
     """Before the bare model: padding goes."""
 
     options: Options
-    family: DecoderFamily
+    family: FlatFamily
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict):
-        call = begin(model, args, kwargs, self.options, self.family, Reads.TOKENS)
+        call = begin(model, args, kwargs, self.options, self.family, self.family.bare_reads)
         kwargs = {**kwargs, KEYWORD: call}
         cache = argument(model, "past_key_values", args, kwargs)
         if isinstance(cache, PromptCache):
@@ -38,18 +37,20 @@ class EnterDecoder:
         mask = argument(model, "attention_mask", args, kwargs)
         tokens = {name: argument(model, name, args, kwargs) for name in PER_TOKEN}
         first = next((value for value in tokens.values() if value is not None), None)
-        if mask is None or first is None:
-            return args, kwargs
-        if uses_cache(model, args, kwargs):
+        if not isinstance(mask, Tensor) or first is None or uses_cache(model, args, kwargs):
             return args, kwargs
         layout = call.layout_for(mask, first.shape[:2])
         if layout is None:
             return args, kwargs
         new = {name: pack_tokens(layout, value) for name, value in tokens.items() if value is not None}
-        new["position_ids"] = positions(layout, argument(model, "position_ids", args, kwargs), first.device)
+        given = argument(model, "position_ids", args, kwargs)
+        if given is None and isinstance(self.family, DecoderFamily) and self.family.counts_tokens:
+            given = mask.cumsum(1) - 1
+        new["position_ids"] = positions(layout, given, first.device)
         # Not None: from position_ids alone transformers would build a mask of pairs of tokens.
         new["attention_mask"] = torch.ones(1, len(layout.rows), dtype=torch.bool, device=first.device)
-        new["use_cache"] = False
+        if _has_cache(model):
+            new["use_cache"] = False
         return replace_arguments(model, args, kwargs, {**new, **layout.keywords})
 
 
@@ -67,8 +68,14 @@ class LeaveDecoder:
         return pad_output(call.layout, output)
 
 
+def _has_cache(model: nn.Module) -> bool:
+    return "use_cache" in forward_parameters(model)
+
+
 def uses_cache(model: nn.Module, args: tuple, kwargs: dict) -> bool:
     """Whether this pass reads or fills one. In training nobody reads what use_cache, the default, returns."""
+    if not _has_cache(model):
+        return False
     if argument(model, "past_key_values", args, kwargs) is not None:
         return True
     use_cache = argument(model, "use_cache", args, kwargs)

@@ -33,6 +33,7 @@ class EnterModel:
             call.refusal = "chunk_size_feed_forward cuts the sequence into equal parts"
         call.only_first = (
             call.reads is Reads.FIRST
+            and self.family.after_attention is not None
             and call.refusal is None
             and not kwargs.get("output_hidden_states", config.output_hidden_states)
             and all(isinstance(hook, (LeaveModel, CloseRecorder)) for hook in model._forward_hooks.values())

@@ -15,9 +15,9 @@ from .. import dispatch
 from ..errors import BackendUnavailableError, InvalidArgumentError, UnsupportedModelError
 from ..frozen import Recompute, replace_dropouts, restore_dropouts
 from ..log import logger
-from . import decoder, encoder, first_token, seq2seq
+from . import decoder, encoder, first_token, seq2seq, vision
 from .call import EnterHead, LeaveHead, Options
-from .families import EncoderFamily, Family, Reads, find_family, forward_parameters, supported
+from .families import EncoderFamily, Family, Reads, VisionFamily, find_family, forward_parameters, supported
 from .families.seq2seq import Seq2SeqReads, Stack
 from .interface import NAME
 
@@ -163,6 +163,10 @@ def _patch_base(model: PreTrainedModel, family: Family, options: Options) -> Non
         handles = seq2seq.hook(model, family, options)
         if family.fixed_length:
             padding = "no padding: its input has one length"
+    elif isinstance(family, VisionFamily):
+        padding = "no padding: its input has one length"
+        enter = vision.EnterVision(options, family)
+        handles = [model.register_forward_pre_hook(enter, with_kwargs=True)]
     else:
         handles = [
             model.register_forward_pre_hook(decoder.EnterDecoder(options, family), with_kwargs=True),
@@ -185,15 +189,18 @@ def _patch_base(model: PreTrainedModel, family: Family, options: Options) -> Non
 
 def _hook_encoder(model: PreTrainedModel, family: EncoderFamily, options: Options) -> list[RemovableHandle]:
     layers = getattr(model, family.encoder)
-    attention, behind = family.last_attention(model)
-    return [
+    handles = [
         model.register_forward_pre_hook(encoder.EnterModel(options, family), with_kwargs=True),
         model.register_forward_hook(encoder.LeaveModel(), with_kwargs=True),
         layers.register_forward_pre_hook(encoder.EnterEncoder(), with_kwargs=True),
         layers.register_forward_hook(encoder.LeaveEncoder(), with_kwargs=True),
-        attention.register_forward_pre_hook(first_token.BeforeAttention(), with_kwargs=True),
-        behind.register_forward_pre_hook(first_token.BehindAttention()),
     ]
+    if (last := family.last_attention(model)) is not None:
+        handles += [
+            last[0].register_forward_pre_hook(first_token.BeforeAttention(), with_kwargs=True),
+            last[1].register_forward_pre_hook(first_token.BehindAttention()),
+        ]
+    return handles
 
 
 def _patch_head(model: PreTrainedModel, reads: Reads | Seq2SeqReads, options: Options) -> None:

@@ -93,8 +93,6 @@ class EnterStack:
         call = begin(model, args, kwargs, self.options, self.stack, call.reads)
         if self.stack.fixed_length:
             return args, kwargs
-        if call.refusal is None and model.training and getattr(model, "layerdrop", 0.0) > 0.0:
-            call.refusal = "layerdrop leaves out layers at random"
         tokens = {name: argument(model, name, args, kwargs) for name in PER_TOKEN}
         tokens = {name: value for name, value in tokens.items() if value is not None}
         if not tokens or (self.stack.is_decoder and uses_cache(model, args, kwargs)):

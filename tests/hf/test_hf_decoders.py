@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("transformers")
 import transformers
-from zoo import BACKEND, batch, decoder, deviation, run, twin
+from zoo import BACKEND, batch, decoder, deviation, run, specimen, twin
 
 from fastattn import log
 from fastattn.errors import UnsupportedError
@@ -186,3 +186,15 @@ def test_saved_models_load_plainly(tmp_path):
     patch(model, backend=BACKEND).save_pretrained(tmp_path)
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     assert torch.equal(plain(**batch("right")).logits, expected)
+
+
+def test_a_window_counts_holes_as_distance():
+    """Labels that need no padding are not enough where a packed row would bring tokens closer."""
+    inputs = batch("holes")
+    inputs["labels"] = torch.full_like(inputs["input_ids"], -100)
+    inputs["labels"][:, 1] = inputs["input_ids"][:, 1]
+    model = specimen("mistral")
+    expected = run(model.train(), inputs)
+    assert max(deviation(run(patch(twin(model), backend=BACKEND), inputs), expected).values()) <= 1e-5
+    with pytest.raises(UnsupportedError, match="whose distances this model looks at"):
+        patch(model, backend=BACKEND, padding_free=True)(**inputs)

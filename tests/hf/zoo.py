@@ -181,6 +181,7 @@ class Specimen:
     cannot_generate: tuple[str, ...] = ()
 
 
+_SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _BERT_LIKE = {**_SIZES, "num_hidden_layers": 2, "num_labels": 3}
 _LLAMA_LIKE = {
     "vocab_size": VOCAB,
@@ -191,8 +192,8 @@ _LLAMA_LIKE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
     "num_labels": 3,
+    **_SPECIAL,
 }
-_SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _T5_LIKE = {
     "vocab_size": VOCAB,
     "d_model": 32,
@@ -224,10 +225,16 @@ _BART_LIKE = {
     **_SPECIAL,
 }
 FRAMES = 19  # positions of a recording behind Whisper's convolutions, which halve them
+_MIXED = ["sliding_attention", "full_attention"]
+_GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 5, "layer_types": _MIXED}
 
 
 def _heads(prefix: str, *heads: str) -> tuple[str, ...]:
     return tuple(prefix + head for head in heads)
+
+
+def _causal(prefix: str) -> tuple[str, ...]:
+    return _heads(f"{prefix}For", "CausalLM", "SequenceClassification")
 
 
 ZOO = {
@@ -242,6 +249,13 @@ ZOO = {
         "encoder",
         "RobertaConfig",
         _heads("RobertaFor", "TokenClassification", "SequenceClassification", "MaskedLM"),
+        {**_BERT_LIKE, "max_position_embeddings": 70},
+        ("query", "value"),
+    ),
+    "xlm-roberta": Specimen(
+        "encoder",
+        "XLMRobertaConfig",
+        _heads("XLMRobertaFor", "TokenClassification", "SequenceClassification", "MaskedLM"),
         {**_BERT_LIKE, "max_position_embeddings": 70},
         ("query", "value"),
     ),
@@ -262,6 +276,47 @@ ZOO = {
         {**_BERT_LIKE, "embedding_size": 24},
         ("query", "value"),
     ),
+    "albert": Specimen(
+        "encoder",
+        "AlbertConfig",
+        _heads("AlbertFor", "TokenClassification", "SequenceClassification", "MaskedLM"),
+        # Four layers are run, in two groups that hold two layers each.
+        {
+            **_BERT_LIKE,
+            "embedding_size": 24,
+            "num_hidden_layers": 4,
+            "num_hidden_groups": 2,
+            "inner_group_num": 2,
+            "classifier_dropout_prob": 0.0,
+        },
+        ("query", "value"),
+    ),
+    "modernbert": Specimen(
+        "encoder",
+        "ModernBertConfig",
+        _heads("ModernBertFor", "TokenClassification", "SequenceClassification", "MaskedLM"),
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "intermediate_size": 48,
+            "max_position_embeddings": 64,
+            "global_attn_every_n_layers": 2,  # global, local, global
+            "local_attention": 8,
+            "classifier_pooling": "mean",  # "cls": test_hf_encoders.py
+            "num_labels": 3,
+            **_SPECIAL,
+        },
+        ("Wqkv",),
+    ),
+    "vit": Specimen(
+        "vision",
+        "ViTConfig",
+        ("ViTForImageClassification",),
+        {**_BERT_LIKE, "image_size": 12, "patch_size": 3},
+        ("q_proj", "v_proj", "query", "value"),
+    ),
     "gpt2": Specimen(
         "decoder",
         "GPT2Config",
@@ -280,11 +335,46 @@ ZOO = {
         },
         ("c_attn",),
     ),
-    "llama": Specimen(
+    "opt": Specimen(
         "decoder",
-        "LlamaConfig",
-        _heads("LlamaFor", "CausalLM", "SequenceClassification"),
-        {**_LLAMA_LIKE, **_SPECIAL},
+        "OPTConfig",
+        _heads("OPTFor", "CausalLM", "SequenceClassification"),
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "ffn_dim": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 128,
+            "word_embed_proj_dim": 24,
+            "dropout": 0.0,
+            "num_labels": 3,
+            **_SPECIAL,
+        },
+    ),
+    "llama": Specimen("decoder", "LlamaConfig", _causal("Llama"), _LLAMA_LIKE),
+    "mistral": Specimen("decoder", "MistralConfig", _causal("Mistral"), {**_LLAMA_LIKE, "sliding_window": 5}),
+    "qwen2": Specimen(
+        "decoder",
+        "Qwen2Config",
+        _causal("Qwen2"),
+        {**_LLAMA_LIKE, "use_sliding_window": True, "sliding_window": 5, "layer_types": _MIXED},
+    ),
+    "qwen3": Specimen("decoder", "Qwen3Config", _causal("Qwen3"), {**_LLAMA_LIKE, "head_dim": 8}),
+    "gemma2": Specimen(
+        "decoder",
+        "Gemma2Config",
+        _causal("Gemma2"),
+        {**_LLAMA_LIKE, **_GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
+    ),
+    "gemma3_text": Specimen(
+        "decoder",
+        "Gemma3TextConfig",
+        ("Gemma3ForCausalLM", "Gemma3TextForSequenceClassification"),
+        {**_LLAMA_LIKE, **_GEMMA},
+    ),
+    "phi3": Specimen(
+        "decoder", "Phi3Config", _causal("Phi3"), {**_LLAMA_LIKE, "sliding_window": 5}, ("qkv_proj",)
     ),
     **{
         model_type: Specimen(
@@ -349,6 +439,8 @@ def training_inputs(name: str, head: str | None = None, padding: str = "none", *
         # What predicts the first token is padding on the left, and no two implementations agree on that.
         hidden |= (inputs["attention_mask"].cumsum(1) == 1) & (padding == "left")
         return {**inputs, "labels": inputs["input_ids"].masked_fill(hidden, -100)}
+    if kind.kind == "vision":
+        return {"pixel_values": torch.randn(5, 3, 12, 12), "labels": torch.arange(5) % 3}
     hidden = inputs["attention_mask"] == 0
     if head.endswith("SequenceClassification"):
         # Its head reads the decoder at the end-of-sequence token.

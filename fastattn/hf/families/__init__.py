@@ -31,7 +31,7 @@ class Reads(enum.Enum):
     ALL = "every position, padding too"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """What every family has."""
 
@@ -40,6 +40,7 @@ class Family:
     layers: str  # path within base to the ModuleList
     attention: str  # path within a layer to the module that calls the attention function
     heads: tuple[tuple[str, Reads], ...]  # classes of models with a head, and what they read
+    wrappers: tuple[str, ...] = ()  # classes around base that hand everything on to it
 
     @property
     def attends_to_encoder(self) -> bool:
@@ -55,32 +56,42 @@ class Family:
 
     def check(self, base: nn.Module) -> None:
         """Raise UnsupportedModelError unless `base` is built as this family says."""
-        for layer in self._layers(base):
+        self._check_forward(base, "attention_mask")
+        for layer in self.layer_modules(base):
             self._check_forward(layer, "hidden_states", "attention_mask")
             self._check_forward(self._child(layer, self.attention), "hidden_states", "attention_mask")
 
-    def _layers(self, base: nn.Module) -> nn.ModuleList:
-        layers = self._child(base, self.layers)
-        if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
-            raise self._mismatch(base, f"{self.layers} is no list of layers")
-        self._check_forward(base, "attention_mask")
-        return layers
+    def layer_modules(self, base: nn.Module) -> list[nn.Module]:
+        """The modules that `attention` is a path in."""
+        return list(self._list(base, self.layers))
 
     def num_layers(self, base: nn.Module) -> int:
-        return len(self._child(base, self.layers))
+        """How often a forward pass computes attention."""
+        return len(self.layer_modules(base))
+
+    def contiguous(self, base: nn.Module) -> bool:
+        """Whether attention counts how far apart tokens lie in a row, as a window does."""
+        return getattr(base.config, "sliding_window", None) is not None
 
     def reads(self, model: nn.Module) -> Reads | None:
         """What a model with a head reads; ALL for one not listed, None for one not transformers' own."""
         name = self.class_name(model)
         return None if name is None else dict(self.heads).get(name, Reads.ALL)
 
-    @staticmethod
-    def class_name(model: nn.Module) -> str | None:
-        """The transformers class whose forward a model with a head has; None if it has one of its own."""
+    def class_name(self, model: nn.Module) -> str | None:
+        """The transformers class whose forward a model with a head has; None for a wrapper, and for a forward
+        of the user's own."""
         mro = type(model).__mro__
         if not _is_transformers(next(cls for cls in mro if "forward" in vars(cls))):
             return None
-        return next(filter(_is_transformers, mro)).__name__
+        name = next(filter(_is_transformers, mro)).__name__
+        return None if name in self.wrappers else name
+
+    def _list(self, module: nn.Module, path: str) -> nn.ModuleList:
+        layers = self._child(module, path)
+        if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
+            raise self._mismatch(module, f"{path} is no list of layers")
+        return layers
 
     def _child(self, module: nn.Module, path: str) -> nn.Module:
         for name in path.split("."):
@@ -107,33 +118,60 @@ class Family:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EncoderFamily(Family):
     """An encoder of the BERT kind: embeddings, layers from (B, N, C) to (B, N, C), then a head."""
 
     encoder: str  # attribute of base: the module whose forward runs the layers
-    after_attention: str  # path within a layer to the module that first sees attention's output
+    # Path within a layer to the module that first sees attention's output; None where the last layer must
+    # compute every row, see first_token.py.
+    after_attention: str | None
 
     def check(self, base: nn.Module) -> None:
         super().check(base)
         self._check_forward(self._child(base, self.encoder), "hidden_states", "attention_mask")
         self.last_attention(base)
 
-    def last_attention(self, base: nn.Module) -> tuple[nn.Module, nn.Module]:
+    def last_attention(self, base: nn.Module) -> tuple[nn.Module, nn.Module] | None:
         """The last layer's attention, and the module behind it."""
-        layer = self._child(base, self.layers)[-1]
+        if self.after_attention is None:
+            return None
+        layer = self.layer_modules(base)[-1]
         return self._child(layer, self.attention), self._child(layer, self.after_attention)
 
 
-@dataclass(frozen=True)
-class DecoderFamily(Family):
-    """A causal decoder: embeddings by position_ids, layers and a norm, all in the bare model's forward."""
+@dataclass(frozen=True, kw_only=True)
+class FlatFamily(Family):
+    """Embeddings by position_ids, layers and a norm, all in the bare model's forward."""
+
+    bare_reads: Reads  # what the caller of the bare model reads
 
     def check(self, base: nn.Module) -> None:
         super().check(base)
-        self._check_forward(
-            base, "input_ids", "inputs_embeds", "position_ids", "use_cache", "past_key_values"
-        )
+        self._check_forward(base, "input_ids", "inputs_embeds", "position_ids")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderFamily(FlatFamily):
+    """A causal decoder, with a cache."""
+
+    bare_reads: Reads = Reads.TOKENS
+    counts_tokens: bool = False  # a position without position_ids is the number of tokens before it
+
+    def check(self, base: nn.Module) -> None:
+        super().check(base)
+        self._check_forward(base, "use_cache", "past_key_values")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionFamily(Family):
+    """An encoder of images: no sequence is shorter than another, so there is no padding to leave out."""
+
+    def check(self, base: nn.Module) -> None:
+        self._check_forward(base, "pixel_values")
+        for layer in self.layer_modules(base):
+            self._check_forward(layer, "hidden_states")
+            self._check_forward(self._child(layer, self.attention), "hidden_states")
 
 
 def _is_transformers(cls: type) -> bool:
@@ -163,7 +201,7 @@ def supported() -> tuple[str, ...]:
 
 
 def _families() -> dict[str, Family]:
-    from . import decoders, encoders, seq2seq
+    from . import decoders, encoders, seq2seq, vision
 
-    known = (*encoders.FAMILIES, *decoders.FAMILIES, *seq2seq.FAMILIES)
+    known = (*encoders.FAMILIES, *decoders.FAMILIES, *seq2seq.FAMILIES, *vision.FAMILIES)
     return {family.model_type: family for family in known}

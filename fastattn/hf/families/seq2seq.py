@@ -13,7 +13,7 @@ from torch import nn
 from . import Family, Reads, forward_parameters, relative
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Stack(Family):
     """The encoder or the decoder: embeds its tokens, runs its layers, ends with a norm."""
 
@@ -35,8 +35,10 @@ class Stack(Family):
         return not self.relative_bias or bool(module.config.is_decoder) == self.is_decoder
 
     def check(self, base: nn.Module) -> None:
-        layers = self._layers(base)
-        self._check_forward(base, *(() if self.fixed_length else ("input_ids", "inputs_embeds")))
+        layers = self.layer_modules(base)
+        self._check_forward(
+            base, "attention_mask", *(() if self.fixed_length else ("input_ids", "inputs_embeds"))
+        )
         if self.is_decoder:
             self._check_forward(base, "encoder_hidden_states", "past_key_values", "use_cache")
         for layer in layers:

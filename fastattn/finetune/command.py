@@ -25,6 +25,7 @@ DEFAULTS = {
     "data_dir": None,
     "train": ["head"],
     "attention": "fastattn",
+    "recompute": "auto",
     "dtype": "float32",
     "epochs": 1,
     "steps": None,
@@ -70,6 +71,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument(
         "--attention", choices=rules.ARMS, help="what computes attention in the main arm (fastattn)"
+    )
+    model.add_argument(
+        "--recompute",
+        choices=["auto", "all", "none"],
+        help="what fastattn computes again in backward instead of saving it (auto)",
     )
     model.add_argument(
         "--dtype",

@@ -82,7 +82,7 @@ def build_model(settings, label_names: list[str], attention: str, dropout: bool,
         import fastattn
 
         try:
-            fastattn.patch(model)
+            fastattn.patch(model, recompute=settings.recompute)
         except UnsupportedModelError as error:
             remedy = "--attention sdpa --no-compare trains it unpatched"
             raise UserInputError(f"--model {settings.model}: {error}; {remedy}") from error

@@ -30,6 +30,7 @@ class Settings:
     data_dir: str | None
     train: str
     attention: str
+    recompute: str
     dtype: str
     epochs: int
     steps: int | None  # given, it takes the place of epochs

@@ -4,6 +4,14 @@ Knows torch modules only; which of a transformers model's modules it is told abo
 """
 
 from .dropout import replace_dropouts, restore_dropouts, set_packing
+from .feature_cache import FeatureCache
 from .recompute import CloseRecorder, Recompute
 
-__all__ = ["CloseRecorder", "Recompute", "replace_dropouts", "restore_dropouts", "set_packing"]
+__all__ = [
+    "CloseRecorder",
+    "FeatureCache",
+    "Recompute",
+    "replace_dropouts",
+    "restore_dropouts",
+    "set_packing",
+]

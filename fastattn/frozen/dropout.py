@@ -1,9 +1,9 @@
 """Dropout of hidden states without a stored mask and without torch's serial generator on the CPU.
 
-Which elements are kept is a function of a seed and of (sequence, position, channel), the stream of attention's
-dropout (philox.py) with h = 0: so it depends neither on padding nor on packing, backward draws it once more,
-and threads share the work. The seed comes from torch's default generator. docs/architecture.md has the
-contract.
+Which elements are kept is a function of a seed and of (sequence, position, channel), the stream of
+attention's dropout (philox.py) with h = 0: so it depends neither on padding nor on packing, backward draws it
+once more, and threads share the work. The seed comes from torch's default generator. docs/architecture.md
+has the contract.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class Site:
         """What this call of the module costs. Whether it will be needed shows later."""
         rows = x.numel() // max(1, x.shape[-1])
         matrices = [p for p in self.module.parameters() if p.dim() == 2] if self.kind is Kind.LINEAR else []
-        self.needed, self.bytes = False, output.numel() * output.element_size()
+        self.bytes = output.numel() * output.element_size()
         self.flops = sum(2 * rows * p.numel() for p in matrices)
         self.step_flops = self.flops * (1 + x.requires_grad)
         self.step_flops += sum(2 * rows * p.numel() for p in matrices if p.requires_grad)
@@ -58,6 +58,7 @@ class Recompute:
     mode: str  # "auto" or "all"
     sites: list[Site] = field(default_factory=list)
     planned: bool = False
+    observed: bool = False  # sites note every pass, for whoever explains it
     handles: list[RemovableHandle] = field(default_factory=list)
     site_handles: list[RemovableHandle] = field(default_factory=list)
 
@@ -79,6 +80,11 @@ class Recompute:
         """Adapters may have been put in or taken out since."""
         if any(site.parent._modules.get(site.name) is not site.module for site in self.sites):
             self._find_sites(model)
+
+    @property
+    def notes(self) -> bool:
+        """Whether sites write down what this pass does."""
+        return self.observed or not self.planned
 
     def _find_sites(self, model: nn.Module) -> None:
         for handle in self.site_handles:
@@ -132,6 +138,8 @@ class OpenRecorder:
             log_once("recompute does nothing while hooks are registered for all modules")
             return
         self.recompute.refresh(model)
+        for site in self.recompute.sites if self.recompute.notes else ():
+            site.needed = False
         Recorder(self.recompute).open()
 
 
@@ -199,7 +207,7 @@ class _After:
         running = recorder.running.pop()
         if not isinstance(output, Tensor):
             return
-        if not recorder.owner.planned:
+        if recorder.owner.notes:
             self.site.note(args[0], output)
         if output.requires_grad:
             recorder.offer(output, running.rerun.output, args[0], on_need=self.site.need)

@@ -13,10 +13,11 @@ try:
 except ImportError as error:
     raise MissingDependencyError("transformers", "hf") from error
 
+from .explain import ModelExplanation, explain
 from .interface import register
 from .patch import patch, patched, unpatch
 from .shared_prompt import SharedPrompt
 
-__all__ = ["SharedPrompt", "patch", "patched", "unpatch"]
+__all__ = ["ModelExplanation", "SharedPrompt", "explain", "patch", "patched", "unpatch"]
 
 register()

@@ -112,6 +112,12 @@ def patched(
             unpatch(model)
 
 
+def recompute_of(module: nn.Module) -> Recompute | None:
+    """What computes tensors again in this very module, a patched bare model."""
+    record = vars(module).get(_RECORD)
+    return None if record is None else record.recompute
+
+
 def _check_options(padding_free: bool | str, recompute: str, backend: str) -> Options:
     if padding_free not in (True, False, "auto"):
         raise InvalidArgumentError("padding_free", repr(padding_free), "True, False or 'auto'")

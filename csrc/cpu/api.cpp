@@ -152,8 +152,16 @@ fastattn_status run_query_pass(const fastattn_problem& p, const fastattn_executo
   return run(executor, kernels.backward_q[p.dtype], work, list, p.num_kv_heads);
 }
 
+// Whether a pass by keys that forms dk, or dq on the way, has the dS of a relative bias at hand: a soft cap's
+// slope or a scale of 0 would be in it.
+bool finds_diagonals(const fastattn_problem& p, const fastattn_backward_io& io) {
+  return io.drelative_bias != nullptr && (io.dk.data != nullptr || io.dq.data != nullptr) &&
+         p.softcap == 0.0f && p.softmax_scale != 0.0f && p.seqlen_q + p.seqlen_k > 1;
+}
+
+// `diagonals_found`: the gradient of the relative bias has been formed too.
 fastattn_status run_key_pass(const fastattn_problem& p, const fastattn_executor* executor,
-                             const Kernels& kernels, Work work) {
+                             const Kernels& kernels, Work work, bool* diagonals_found) {
   int64_t longest = 0;
   bool keyless = false;  // a sequence without keys has no key tile to write its dq
   for (int64_t b = 0; b < p.batch; ++b) {
@@ -189,13 +197,24 @@ fastattn_status run_key_pass(const fastattn_problem& p, const fastattn_executor*
     work.turns = (int32_t*)calloc((size_t)(p.batch * p.num_heads * ceil_div(p.seqlen_q, kQueryTile)) + 1, 4);
   if (plan.shared_sums > 0) work.shared_dq_sums = (float*)malloc((size_t)plan.shared_sums * sizeof(float));
   work.unit_dq_sums = plan.unit_sums;
+  *diagonals_found = finds_diagonals(p, *work.backward);
+  if (*diagonals_found) {
+    for (int64_t e = 0; e < list.count; ++e) list.data[e].slot = e;
+    work.diagonal_keys = (plan.split ? 1 : longest) * kKeyTile;
+    work.diagonal_turns = (int32_t*)calloc((size_t)p.num_kv_heads, 4);
+    for (int64_t h = 0; h < p.num_heads; ++h)
+      memset(work.backward->drelative_bias + h * work.backward->drelative_bias_stride_h, 0,
+             (size_t)(p.seqlen_q + p.seqlen_k - 1) * sizeof(float));
+  }
   fastattn_status status;
-  if ((turns && work.turns == nullptr) || (plan.shared_sums > 0 && work.shared_dq_sums == nullptr))
+  if ((turns && work.turns == nullptr) || (plan.shared_sums > 0 && work.shared_dq_sums == nullptr) ||
+      (*diagonals_found && work.diagonal_turns == nullptr))
     status = fail(FASTATTN_OUT_OF_MEMORY, "no memory for the sums of dq.");
   else
     status = run(executor, kernels.backward_kv[p.dtype], work, list, p.num_kv_heads);
   free(work.turns);
   free(work.shared_dq_sums);
+  free(work.diagonal_turns);
   if (status == FASTATTN_OK && plan.dq_by_queries) status = run_query_pass(p, executor, kernels, by_queries);
   return status;
 }
@@ -324,8 +343,9 @@ fastattn_status backward(const fastattn_problem* p, const fastattn_backward_io* 
   Work work = {};
   work.problem = p;
   work.backward = io;
+  bool diagonals_found = false;
   if (io->dk.data != nullptr || io->dv.data != nullptr)
-    status = run_key_pass(*p, executor, *kernels, work);
+    status = run_key_pass(*p, executor, *kernels, work, &diagonals_found);
   else if (io->dq.data != nullptr)
     status = run_query_pass(*p, executor, *kernels, work);
   if (status != FASTATTN_OK) return status;
@@ -333,7 +353,8 @@ fastattn_status backward(const fastattn_problem* p, const fastattn_backward_io* 
     status = run_bias_pass(*p, *io, executor, *kernels, work);
     if (status != FASTATTN_OK) return status;
   }
-  if (io->drelative_bias != nullptr) status = run_relative_pass(*p, *io, executor, *kernels, work);
+  if (io->drelative_bias != nullptr && !diagonals_found)
+    status = run_relative_pass(*p, *io, executor, *kernels, work);
   return status;
 }
 

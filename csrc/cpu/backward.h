@@ -19,6 +19,18 @@
 
 namespace fastattn::FASTATTN_ISA_NS {
 
+// The gradient of a relative bias: dS summed along diagonals. `corner` is the sum that the tile's first row
+// and column belong to.
+inline void add_diagonals(const float* dscores, const TileRows& rows, float* corner) {
+  for (int i = 0; i < rows.rows; ++i) {
+    float* to = corner - i;
+    const float* from = dscores + i * kScoreLd;
+    int c = rows.begin[i];
+    for (; c + W <= rows.end[i]; c += W) store(to + c, load(to + c) + load(from + c));
+    for (; c < rows.end[i]; ++c) to[c] += from[c];
+  }
+}
+
 template <class T, class E>
 struct Backward {
   typedef typename T::Storage Storage;

@@ -22,7 +22,9 @@ struct KeyPass : Backward<T, E> {
   int32_t* const turns;
   float* const shared_dq_sums;
   const int64_t unit_dq_sums;
-  float *dk, *dv, *dq, *own_dq_sums;
+  int32_t* const diagonal_turns;  // null: no relative bias wants its gradient from this pass
+  const int64_t diagonals_ld;     // a unit's sums, of one head of the group
+  float *dk, *dv, *dq, *own_dq_sums, *diagonals;
 
   const bool dk_in_place, dv_in_place, dq_in_place;
 
@@ -34,6 +36,8 @@ struct KeyPass : Backward<T, E> {
         turns(work.turns),
         shared_dq_sums(work.shared_dq_sums),
         unit_dq_sums(work.unit_dq_sums),
+        diagonal_turns(work.diagonal_turns),
+        diagonals_ld(diagonal_turns == nullptr ? 0 : p.seqlen_q + work.diagonal_keys),
         dk_in_place(kFloat && p.head_dim % W == 0),
         dv_in_place(kFloat && p.head_dim_v % W == 0 && !this->dropout.active),
         dq_in_place(kFloat && p.head_dim % W == 0) {}
@@ -44,13 +48,15 @@ struct KeyPass : Backward<T, E> {
     dv = arena.take<float>(kKeyTile * this->columns_v_ld);
     dq = arena.take<float>(kQueryTile * this->columns_ld);
     own_dq_sums = arena.take<float>(unit_dq_sums);
+    diagonals = arena.take<float>(group() * diagonals_ld);
   }
 
   // Key tiles [entry.begin, entry.end) of one kv head against all queries of its group.
   void run(const Entry& entry, int64_t kv_head, const Entry* next, int64_t next_head) {
     const Sequence s = sequence_of(p, entry.b);
     const Visibility visible = visibility_of(p, s);
-    const int64_t tiles = ceil_div(s.nq, kQueryTile) * (p.num_heads / p.num_kv_heads);
+    const int64_t tiles = ceil_div(s.nq, kQueryTile) * group();
+    __builtin_memset(diagonals, 0, (size_t)(group() * diagonals_ld) * sizeof(float));
     for (int64_t index = entry.begin; index < entry.end; ++index) {
       const int64_t begin = index * kKeyTile, end = begin + kKeyTile < s.nk ? begin + kKeyTile : s.nk;
       KeyTile keys;
@@ -78,6 +84,11 @@ struct KeyPass : Backward<T, E> {
             this->add_to_keys(rows, keys, this->dscores, this->ds_by_columns, q.q_rows, q.q_rows_ld,
                               p.head_dim, sums.started, sums.dk, sums.dk_ld);
           sums.started = true;
+          if (diagonal_turns != nullptr) {
+            float* own = diagonals + tile.head % group() * diagonals_ld;
+            add_diagonals(this->dscores, rows,
+                          own + keys.begin - entry.begin * kKeyTile - tile.i0 + s.nq - 1);
+          }
           if (want_dq && !rows.full && finite < 0) finite = this->keys_finite(keys);
         }
         if (want_dq)
@@ -86,9 +97,12 @@ struct KeyPass : Backward<T, E> {
       }
       store_keys(s, entry.b, kv_head, begin, end, loaded && sums.started ? &keys : nullptr);
     }
+    if (diagonal_turns != nullptr) store_diagonals(s, entry, kv_head);
   }
 
  private:
+  int64_t group() const { return p.num_heads / p.num_kv_heads; }
+
   static constexpr bool kFloat = SameType<Storage, float>::value;
 
   // Where the sums over queries are formed: in the gradients themselves where these are whole vectors of
@@ -114,9 +128,7 @@ struct KeyPass : Backward<T, E> {
     if (rows != nullptr && !dq_in_place)
       this->add_to_queries(*rows, keys, careful, false, dq, this->columns_ld);
     int32_t* turn = turns == nullptr ? nullptr : turns + turn_base(b, kv_head) + t;
-    if (turn != nullptr)
-      for (int spins = 0; __atomic_load_n(turn, __ATOMIC_ACQUIRE) != (int32_t)index; ++spins)
-        if (spins > 1000) sched_yield();
+    if (turn != nullptr) wait_for_turn(turn, index);
     Storage* target = row_of<Storage>(p, io.dq, b, tile.head, s.q0 + tile.i0);
     const bool first = index == 0, last = (index + 1) * kKeyTile >= s.nk;
     if (dq_in_place && rows != nullptr) {
@@ -139,6 +151,27 @@ struct KeyPass : Backward<T, E> {
       }
     }
     if (turn != nullptr) __atomic_store_n(turn, (int32_t)index + 1, __ATOMIC_RELEASE);
+  }
+
+  // The units before this one have added theirs: entries take their turns in the order of the list.
+  void store_diagonals(const Sequence& s, const Entry& entry, int64_t kv_head) {
+    int32_t* turn = diagonal_turns + kv_head;
+    wait_for_turn(turn, entry.slot);
+    const int64_t first = entry.begin * kKeyTile, stop = entry.end * kKeyTile;
+    const int64_t count = s.nq + (stop < s.nk ? stop : s.nk) - first - 1;
+    const float scale = 1.0f / this->ds_scale;
+    for (int64_t g = 0; g < group() && s.nq > 0; ++g) {
+      const float* own = diagonals + g * diagonals_ld;
+      float* sums = io.drelative_bias + (kv_head * group() + g) * io.drelative_bias_stride_h + first +
+                    p.seqlen_q - s.nq;
+      for (int64_t d = 0; d < count; ++d) sums[d] += own[d] * scale;
+    }
+    __atomic_store_n(turn, (int32_t)entry.slot + 1, __ATOMIC_RELEASE);
+  }
+
+  static void wait_for_turn(int32_t* turn, int64_t index) {
+    for (int spins = 0; __atomic_load_n(turn, __ATOMIC_ACQUIRE) != (int32_t)index; ++spins)
+      if (spins > 1000) sched_yield();
   }
 
   int64_t turn_base(int64_t b, int64_t kv_head) const {

@@ -114,11 +114,7 @@ struct RelativePass : Backward<T, E> {
           this->load_queries(s, b, tile, *this->queries);
           Stream stream;
           this->weights_and_gradients(s, b, *this->queries, rows, keys, stream);
-          for (int i = 0; i < tile.rows; ++i) {
-            float* to = diagonals + keys.begin - (i0 + i) + p.seqlen_q - 1;
-            const float* from = this->dscores + i * kScoreLd;
-            for (int c = rows.begin[i]; c < rows.end[i]; ++c) to[c] += from[c];
-          }
+          add_diagonals(this->dscores, rows, diagonals + keys.begin - i0 + p.seqlen_q - 1);
         }
       }
     }

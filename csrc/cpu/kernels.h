@@ -35,6 +35,10 @@ struct Work {
   float* shared_dq_sums;
   int64_t unit_dq_sums;
   const fastattn_hidden_dropout* hidden_dropout;  // the job of that kernel: its units are blocks of rows
+  // Key passes that sum the diagonals of a relative bias on the way: per kv head the entry (by its slot) that
+  // may add its sums next, and the most keys that an entry has.
+  int32_t* diagonal_turns;
+  int64_t diagonal_keys;
 };
 
 typedef void (*Worker)(Work* work);

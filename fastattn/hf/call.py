@@ -18,6 +18,7 @@ from ..log import log_once
 from .families import Family, Reads, forward_parameters
 from .first_token import FirstRows
 from .packing import Layout, plan
+from .prompt_attention import PromptPass
 
 KEYWORD = "fastattn_call"
 
@@ -44,6 +45,7 @@ class Call:
     reached: bool = False  # the model below the head has got this object
     output_attentions: bool = False
     refusal: str | None = None  # why this pass keeps its padding
+    prefix: PromptPass | None = None  # what past_key_values hold, if that is the same for every sample
     layout: Layout | None = None  # set while, and after, the layers run packed
     layers: int = 0
     attended: int = 0  # layers whose attention knew of the packing
@@ -86,7 +88,13 @@ class Call:
 
 
 def begin(
-    model: nn.Module, args: tuple, kwargs: dict, options: Options, family: Family, reads: Reads
+    model: nn.Module,
+    args: tuple,
+    kwargs: dict,
+    options: Options,
+    family: Family,
+    reads: Reads,
+    prefix: PromptPass | None = None,
 ) -> Call:
     """The call of this pass as the bare model gets it: from the head, or a new one that reads `reads`."""
     call = kwargs.get(KEYWORD)
@@ -99,6 +107,8 @@ def begin(
     call.output_attentions = bool(
         kwargs.get("output_attentions", getattr(model.config, "output_attentions", False))
     )
+    attends_here = model.config._attn_implementation == "fastattn" and not call.output_attentions
+    call.prefix = prefix if attends_here else None
     call.refusal = _refusal(model, args, kwargs, call, family)
     return call
 
@@ -113,6 +123,8 @@ def _refusal(model: nn.Module, args: tuple, kwargs: dict, call: Call, family: Fa
     if call.reads is Reads.ALL:
         return "the model's head reads the output at padded positions"
     for name in ("past_key_values", *(() if family.attends_to_encoder else ("encoder_hidden_states",))):
+        if name == "past_key_values" and call.prefix is not None:
+            continue
         if argument(model, name, args, kwargs) is not None:
             return f"{name} is given"
     if call.output_attentions:

@@ -15,6 +15,8 @@ from ..frozen import CloseRecorder
 from .call import KEYWORD, Options, argument, begin, pad_output, replace_arguments
 from .families import EncoderFamily, Reads
 from .first_token import first_rows
+from .prefix import behind_prefix, shared_prefix
+from .prompt_attention import KEYWORD as PROMPT
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,11 @@ class EnterModel:
     family: EncoderFamily
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict):
-        call = begin(model, args, kwargs, self.options, self.family, Reads.BARE)
-        config = model.config
+        config, prefix = model.config, None
+        if not getattr(config, "is_decoder", False):
+            cache = argument(model, "past_key_values", args, kwargs)
+            prefix = shared_prefix(model, cache, self.family.num_layers(model))
+        call = begin(model, args, kwargs, self.options, self.family, Reads.BARE, prefix)
         if call.refusal is None and getattr(config, "is_decoder", False):
             call.refusal = "the encoder runs as a decoder"
         if call.refusal is None and config.chunk_size_feed_forward:
@@ -60,6 +65,14 @@ class EnterEncoder:
             return None
         hidden = argument(encoder, "hidden_states", args, kwargs)
         mask = argument(encoder, "attention_mask", args, kwargs)
+        new = {}
+        if call.prefix is not None:
+            own = behind_prefix(mask, call.prefix, hidden.shape[1])
+            if own is None and mask is not None:
+                call.prefix = None
+            else:
+                mask = own
+                new = {"past_key_values": None, "attention_mask": own, PROMPT: call.prefix}
         layout = None if mask is None else call.layout_for(mask, hidden.shape[:2])
         # A hook that somebody else put here expects to see every token.
         if call.only_first and all(
@@ -69,10 +82,9 @@ class EnterEncoder:
                 call.first = first_rows(None, hidden.device)
             elif layout.min_seqlen > 0:
                 call.first = first_rows(layout.cu_seqlens, hidden.device)
-        if layout is None:
-            return None
-        new = {"hidden_states": layout.pack(hidden), "attention_mask": None, **layout.keywords}
-        return replace_arguments(encoder, args, kwargs, new)
+        if layout is not None:
+            new |= {"hidden_states": layout.pack(hidden), "attention_mask": None, **layout.keywords}
+        return replace_arguments(encoder, args, kwargs, new) if new else None
 
 
 @dataclass(frozen=True)
@@ -81,7 +93,11 @@ class LeaveEncoder:
 
     def __call__(self, encoder: nn.Module, args: tuple, kwargs: dict, output):
         call = kwargs.get(KEYWORD)
-        if call is None or (call.layout is None and call.first is None):
+        if call is None:
+            return None
+        if call.prefix is not None:
+            call.prefix.check_attended(encoder, call.layers)
+        if call.layout is None and call.first is None:
             return None
         if call.layout is not None:
             call.check_attended(encoder)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from zoo import BACKEND, VOCAB, batch, decoder, twin
+from zoo import BACKEND, VOCAB, ZOO, batch, decoder, specimen, twin
 
 from fastattn.errors import InvalidArgumentError, UnsupportedError, UnsupportedModelError
 from fastattn.hf import SharedPrompt, patch
@@ -44,6 +44,29 @@ def test_logits(kind, padding):
         expected = concatenated(model, prompt, query)[1:]
         assert close(logits[row][inputs["attention_mask"][row].bool()], expected)
     assert (logits[inputs["attention_mask"] == 0] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, kind in ZOO.items() if kind.kind == "decoder" and name not in DECODERS]
+)
+@torch.no_grad()
+def test_other_decoders(name):
+    """Logits, labels and greedy tokens; where there is a window, it reaches over prompt and query."""
+    wide = {"sliding_window": 128} if "sliding_window" in ZOO[name].settings else {}
+    model, prompt, inputs = specimen(name, **wide), tokens(P), batch("left", size=3, length=9)
+    shared = SharedPrompt(patch(twin(model), backend=BACKEND), prompt)
+    logits = shared(**inputs).logits
+    scores = shared.classify(inputs["input_ids"], LABELS, inputs["attention_mask"])
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    found = shared.generate(inputs["input_ids"], inputs["attention_mask"], **options)
+    for row, query in enumerate(rows(inputs)):
+        assert close(logits[row, -len(query) :], concatenated(model, prompt, query)[1:])
+        label = torch.tensor(LABELS[2])
+        logs = concatenated(model, prompt, torch.cat((query, label))).log_softmax(-1)
+        expected = logs[len(query) : -1].gather(1, label[:, None]).sum()
+        assert abs(scores[row, 2] - expected) <= 1e-5 * abs(expected)
+        whole = model.generate(torch.cat((prompt, query))[None], **options)
+        assert torch.equal(found[row, 9:], whole[0, P + len(query) :])
 
 
 @pytest.mark.parametrize("labels", [LABELS, ([11], [12], [13])], ids=["phrases", "words"])

@@ -127,7 +127,7 @@ struct KeyPlan {
 int64_t key_tiles_of(const Sequence& s) { return ceil_div(s.nk, kKeyTile); }
 
 KeyPlan plan_key_pass(const fastattn_problem& p, bool want_dq, int64_t longest) {
-  constexpr int64_t kMostSums = INT64_C(4) << 20 >> 2;  // 4 MiB of floats, for each thread or for all
+  constexpr int64_t kMostSums = INT64_C(3) << 20 >> 2;  // 3 MiB of floats for each thread, or 6 for all
   const int64_t heads = p.batch * p.num_kv_heads;
   KeyPlan plan = {heads < kEnoughUnits && longest > 1, false, 0, 0};
   if (!want_dq || p.dtype == FASTATTN_F32 || longest <= 1) return plan;

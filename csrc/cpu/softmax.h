@@ -18,6 +18,15 @@ FASTATTN_ALWAYS void round_products(float* row, int begin, int end, float scale)
   for (int j = begin; j < end; j += W) store(row + j, load(row + j) * scale);
 }
 
+FASTATTN_ALWAYS bool has_nan(const float* row, int begin, int end) {
+  vf sum = {};
+  for (int j = begin; j < end; j += W) {
+    const vf x = load(row + j);
+    sum += x == x ? vf{} : x;
+  }
+  return hsum(sum) != 0.0f;  // NaN, if anything
+}
+
 struct RowState {
   float peak[kQueryTile];  // of the scores so far; -inf: nothing seen
   float sum[kQueryTile];   // of exp(score - peak)
@@ -39,7 +48,8 @@ FASTATTN_ALWAYS bool softmax_row(float* row, int begin, int end, float scale, fl
   }
   if (j < end) top0 = vmax(top0, load(row + j));
   const float tile_peak = hmax(vmax(top0, top1)) * scale;
-  if (tile_peak == -kInf) {
+  // The maximum may have lost a NaN, but the sum below will not.
+  if (tile_peak == -kInf && !has_nan(row, begin, end)) {
     for (j = begin; j < end; j += W) store(row + j, vf{});
     return false;
   }

@@ -70,13 +70,13 @@ def _timed(
         ))  # fmt: skip
 
 
-def extra_bytes(length: int) -> int | None:
+def extra_bytes(length: int, heads: int = 1, dtype: torch.dtype = torch.float32) -> int | None:
     """What one thread needs beyond inputs and results in forward and backward; None where nobody can tell."""
-    found: list[int | None] = []
+    found: list[int] = []
 
-    def run() -> None:  # in a thread of its own, whose workspace begins and ends with it
+    def run(rows: int) -> None:
         torch.set_num_threads(1)
-        q, k, v, dout = (torch.randn(1, 1, length, HEAD_DIM) for _ in range(4))
+        q, k, v, dout = (torch.randn(1, heads, rows, HEAD_DIM).to(dtype) for _ in range(4))
         leaves = [x.requires_grad_() for x in (q, k, v)]
         reset_peak_rss()
         before = rss()
@@ -84,12 +84,14 @@ def extra_bytes(length: int) -> int | None:
             return
         out = fastattn.attention(q, k, v, causal=True, backend="cpu")
         results = (out, *torch.autograd.grad(out, leaves, dout))
-        lse_bytes = 4 * length
+        lse_bytes = 4 * heads * rows
         found.append(peak_rss() - before - lse_bytes - sum(x.nbytes for x in results))
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
+    for rows in (256, length):  # the first loads what every call needs
+        found.clear()
+        thread = threading.Thread(target=run, args=(rows,))  # its workspace begins and ends with it
+        thread.start()
+        thread.join()
     return found[0] if found else None
 
 

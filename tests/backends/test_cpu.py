@@ -13,6 +13,7 @@ import torch
 import fastattn
 from fastattn.backends import Backend
 from fastattn.backends.cpu import abi, library
+from fastattn.errors import FastattnError
 from fastattn.problem import AttentionInputs, describe
 
 TESTS = Path(__file__).parents[1]
@@ -105,3 +106,15 @@ def test_threads_of_python_share_it(cpu):
         for _ in range(10):
             found = list(pool.map(lambda x: fastattn.attention(x, x, x, causal=True, backend="cpu"), inputs))
             assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_an_instruction_set_that_is_not_there_is_refused_by_name(cpu, monkeypatch):
+    q = torch.randn(1, 1, 4, 16)
+    for name in ("avx1024", "AVX2", "amx_bf16" if "amx_bf16" not in cpu.isas() else "none"):
+        monkeypatch.setenv("FASTATTN_CPU_ISA", name)
+        with pytest.raises(FastattnError, match=name) as caught:
+            fastattn.attention(q, q, q, backend="cpu")
+        assert all(isa in str(caught.value) for isa in cpu.isas()), "it says what there is"
+    for name in ("", *cpu.isas()):
+        monkeypatch.setenv("FASTATTN_CPU_ISA", name)
+        fastattn.attention(q, q, q, backend="cpu")

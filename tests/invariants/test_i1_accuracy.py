@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import oracle
 import pytest
 import torch
@@ -60,3 +62,71 @@ def test_backward_recomputes_the_weights_of_forward(cpu, poisoned, rows, seqlen_
     (dv,) = torch.autograd.grad(out, v, torch.ones_like(out))
     error = (dv.double().sum(2) / rows - 1).abs().max()
     assert error < 1.5e-6
+
+
+@pytest.mark.parametrize("rows", [2, 40])
+def test_one_score_that_wins_by_far(cpu, poisoned, rows):
+    """Scores of 1e30: every row is one key's value, and q and k get rounding errors times scale."""
+    q, k, v = (torch.randn(1, 2, n, 16, requires_grad=True) for n in (rows, 300, 300))
+    out, lse = fastattn.attention(q, k, v, scale=1e30, return_lse=True, backend="cpu")
+    scores = (q.double() @ k.double().transpose(-1, -2)).detach() * 1e30
+    winner = scores.argmax(-1, keepdim=True)
+    torch.testing.assert_close(out, v.gather(2, winner.expand(-1, -1, -1, 16)))
+    torch.testing.assert_close(lse.double(), scores.amax(-1), rtol=1e-6, atol=0)
+    dq, dk, dv = torch.autograd.grad(out.sum(), (q, k, v))
+    assert dq.abs().max() < 1e-5 * 1e30
+    assert dk.abs().max() < 1e-5 * 1e30 * rows
+    torch.testing.assert_close(dv.sum(2), torch.full((1, 2, 16), float(rows)))
+
+
+@pytest.mark.parametrize("rows", [2, 40])
+def test_denormal_numbers_count(cpu, poisoned, rows):
+    """Values, scores and gradients below 1.2e-38 are neither flushed to zero nor slow to overflow."""
+    q, k = torch.randn(1, 2, rows, 24), torch.randn(1, 2, 50, 24)
+    v = torch.randn(1, 2, 50, 24) * 1e-40
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out = fastattn.attention(*inputs, backend="cpu")
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    expected = fastattn.attention(*exact, backend="reference")
+    dout = torch.randn_like(out) * 1e-39
+    dv, expected_dv = (
+        torch.autograd.grad(result, given[2], dout.to(result.dtype))[0]
+        for result, given in ((out, inputs), (expected, exact))
+    )
+    for result, reference in ((out, expected), (dv, expected_dv)):
+        assert (result != 0).any()
+        # A sum of n denormals is off by up to n of the smallest.
+        torch.testing.assert_close(result.double(), reference, rtol=0, atol=100 * 1.4e-45)
+    tiny = torch.full((1, 2, rows, 24), 1e-41)
+    mean = fastattn.attention(tiny, torch.full((1, 2, 50, 24), 1e-41), k.detach().new_ones(1, 2, 50, 24))
+    torch.testing.assert_close(mean, torch.ones_like(mean))
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+def test_a_score_of_plus_infinity_spoils_its_own_row_alone(cpu, poisoned, rows):
+    """inf - inf has no value: such a row is NaN as in eager attention, and the others are as without it."""
+    q, k, v = (torch.randn(1, 2, n, 16) for n in (rows, 60, 60))
+    clean, clean_lse = fastattn.attention(q, k, v, return_lse=True, backend="cpu")
+    bias = torch.zeros(1, 1, rows, 60)
+    bias[:, :, 1, 7] = math.inf
+    out, lse = fastattn.attention(q, k, v, bias=bias, return_lse=True, backend="cpu")
+    assert out[:, :, 1].isnan().all()
+    others = torch.arange(rows) != 1
+    torch.testing.assert_close(out[:, :, others], clean[:, :, others])
+    torch.testing.assert_close(lse[:, :, others], clean_lse[:, :, others])
+    q[:, :, 1] = math.inf
+    out = fastattn.attention(q, k, v, backend="cpu")
+    assert out[:, :, 1].isnan().all()
+    assert torch.equal(out[:, :, others], clean[:, :, others])
+
+
+@pytest.mark.parametrize("rows", [2, 40])
+@pytest.mark.parametrize("at", [0, 5, 59])
+def test_not_a_number_is_not_taken_for_nothing(cpu, poisoned, rows, at):
+    """A NaN among keys that a bias hides is seen, whatever its place in the row: no row of zeros hides it."""
+    q, k, v = (torch.randn(1, 2, n, 16) for n in (rows, 60, 60))
+    bias = torch.full((1, 1, rows, 60), -math.inf)
+    bias[..., at] = math.nan
+    out, lse = fastattn.attention(q, k, v, bias=bias, return_lse=True, backend="cpu")
+    assert out.isnan().all()
+    assert lse.isnan().all()

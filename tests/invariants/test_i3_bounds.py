@@ -129,3 +129,35 @@ def test_strides_beyond_32_bits():
     (dq,) = torch.autograd.grad(fastattn.attention(q, sparse, sparse, backend="cpu").sum(), q)
     assert torch.equal(dq, expected_dq)
     assert math.isfinite(float(dq.float().sum()))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2], ids=["batch", "head", "row"])
+def test_results_with_strides_beyond_32_bits(axis):
+    """Gradients and outputs 2^31 elements apart along one axis, in memory that exists where it is touched."""
+    far = 2**31 + 64
+    shape = [2 if axis == 0 else 1, 2 if axis == 1 else 1, 3, 16]
+    strides = [48 * 16, 48 * 8, 16, 1]
+    strides[axis] = far
+    count = (shape[axis] - 1) * far + 4096
+    memories = []
+
+    def sparse():
+        try:
+            memories.append(mmap.mmap(-1, count * 2, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000))
+        except (OSError, ValueError) as error:
+            pytest.skip(f"this machine maps no sparse memory of {2 * count >> 30} GiB: {error}")
+        return torch.frombuffer(memories[-1], dtype=torch.bfloat16).as_strided(shape, strides)
+
+    dense = [torch.randn(shape).bfloat16() for _ in range(4)]
+    problem = describe(AttentionInputs(*dense[:3]), (False, 0.25, -1, -1, 0.0, 0.0, 0, 0), True)
+    found = []
+    for allocate in (lambda: torch.empty(shape, dtype=torch.bfloat16), sparse):
+        q, k, v, dout, out, *gradients = (allocate() for _ in range(8))
+        for to, source in zip((q, k, v, dout), dense, strict=True):
+            to.copy_(source)
+        lse = torch.empty(shape[:3])
+        load("cpu").forward(problem, AttentionInputs(q, k, v), out, lse)
+        load("cpu").backward(problem, AttentionInputs(q, k, v), out, lse, dout, None, Gradients(*gradients))
+        found.append([x.clone() for x in (out, lse, *gradients)])
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+    assert all(x.isfinite().all() for x in found[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 
@@ -86,3 +88,39 @@ def test_packed_or_padded(dtype, options):
         alone = fastattn.attention(padded, padded, padded, **options, backend="cpu")[b].transpose(0, 1)
         difference = (packed[offsets[b] : offsets[b + 1]].float() - alone.float()).abs().max()
         assert difference <= 4 * torch.finfo(dtype).eps * flat.abs().max()
+
+
+def test_no_more_threads_than_torch_may_use(threads, cpu, monkeypatch):
+    """The pool is asked for as many ranges as torch.set_num_threads allows, or fewer for less work."""
+    asked = []
+    range_type = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
+
+    @ctypes.CFUNCTYPE(
+        ctypes.c_int32, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, range_type, ctypes.c_void_p
+    )
+    def pool(begin, end, grain, run, context):
+        asked.append(end - begin)
+        for i in range(begin, end):
+            run(i, i + 1, context)
+        return 0
+
+    monkeypatch.setattr(cpu, "_parallel_for", ctypes.cast(pool, ctypes.c_void_p).value)
+    monkeypatch.setattr(cpu, "_executors", {})
+    inputs = tensors(torch.float32)
+    expected = None
+    for count in (2, 3, 7):
+        threads(count)
+        asked.clear()
+        found = results(*inputs)
+        assert asked
+        assert max(asked) == count
+        assert expected is None or all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+        expected = found
+    threads(1)
+    asked.clear()
+    results(*inputs)
+    assert not asked, "one thread needs no pool"
+    threads(7)
+    one = torch.randn(1, 1, 5, 16)
+    fastattn.attention(one, one, one, backend="cpu")
+    assert not asked, "one unit of work needs no pool"

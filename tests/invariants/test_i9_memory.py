@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
 import torch
 
 import fastattn
+from fastattn.bench.scaling import extra_bytes
 
 pytestmark = pytest.mark.usefixtures("cpu")
 
@@ -77,22 +77,14 @@ def test_nothing_is_saved_when_nothing_needs_a_gradient():
         assert fastattn.explain(q, k, v).saved_bytes == 0
 
 
-_PEAK = """
-import resource, torch, fastattn
-q, k, v = (torch.randn(1, 1, {rows}, 32, requires_grad=True) for _ in range(3))
-fastattn.attention(*(x[:, :, :256] for x in (q, k, v)), causal=True).sum().backward()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-fastattn.attention(q, k, v, causal=True).sum().backward()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in KiB on Linux alone")
-def test_peak_memory_of_a_long_sequence_is_linear():
-    """All scores of 6144 rows would be 144 MiB in float32; results are 4 MiB, a thread's workspace 8."""
-    script = _PEAK.format(rows=6144)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 40 * 1024
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("length", "heads"), [(512, 1), (6144, 1), (2048, 16)])
+def test_a_thread_needs_little_beyond_results(dtype, length, heads):
+    """At most 8 MiB at any length, where all scores of 6144 rows would be 144 MiB in float32."""
+    found = extra_bytes(length, heads, dtype)
+    assert found is not None
+    assert found <= 8 << 20
 
 
 def test_flops_of_known_problems():

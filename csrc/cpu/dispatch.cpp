@@ -2,10 +2,16 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <initializer_list>
+
 #include "internal.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
@@ -20,8 +26,10 @@ FASTATTN_DECLARE(isa_portable)
 FASTATTN_DECLARE(isa_avx2)
 FASTATTN_DECLARE(isa_avx512)
 FASTATTN_DECLARE(isa_avx512_bf16)
+FASTATTN_DECLARE(isa_amx_bf16)
 FASTATTN_DECLARE(isa_emulated512)
 FASTATTN_DECLARE(isa_emulated512_bf16)
+FASTATTN_DECLARE(isa_emulated512_amx)
 FASTATTN_DECLARE(isa_neon)
 FASTATTN_DECLARE(isa_neon_bf16)
 #undef FASTATTN_DECLARE
@@ -46,6 +54,22 @@ bool has_f16c() {  // not a name that every compiler's __builtin_cpu_supports kn
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
 }
 [[maybe_unused]] bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+// AMX is there when the processor has it and Linux, asked once for the whole process, lets us use its state.
+[[maybe_unused]] bool has_amx_bf16() {
+#if defined(__linux__)
+  static const bool answer = [] {
+    constexpr unsigned kTile = 1u << 24, kBF16 = 1u << 22;  // edx of leaf 7
+    unsigned a, b, c, d;
+    if (!has_avx512_bf16() || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
+    if ((d & kTile) == 0 || (d & kBF16) == 0) return false;
+    constexpr int kArchReqXcompPerm = 0x1023, kXfeatureXtiledata = 18;
+    return syscall(SYS_arch_prctl, kArchReqXcompPerm, kXfeatureXtiledata) == 0;
+  }();
+  return answer;
+#else
+  return false;
+#endif
+}
 #elif defined(__aarch64__)
 [[maybe_unused]] bool has_neon_bf16() {
 #if defined(__linux__)
@@ -54,6 +78,22 @@ bool has_f16c() {  // not a name that every compiler's __builtin_cpu_supports kn
   return false;
 #endif
 }
+#endif
+
+// Kernels that compute bf16 alone, completed by those of the instruction set below.
+[[maybe_unused]] Kernels bf16_over(const Kernels& below, const Kernels& bf16) {
+  Kernels table = below;
+  table.name = bf16.name;
+  for (auto member : {&Kernels::forward, &Kernels::forward_merge, &Kernels::backward_kv, &Kernels::backward_q,
+                      &Kernels::backward_bias, &Kernels::backward_relative})
+    (table.*member)[FASTATTN_BF16] = (bf16.*member)[FASTATTN_BF16];
+  return table;
+}
+#if defined(FASTATTN_HAVE_EMULATED512_AMX)
+const Kernels kEmulatedAmx = bf16_over(isa_emulated512_bf16::kernels, isa_emulated512_amx::kernels);
+#endif
+#if defined(FASTATTN_HAVE_AMX_BF16)
+const Kernels kAmx = bf16_over(isa_avx512_bf16::kernels, isa_amx_bf16::kernels);
 #endif
 
 struct Candidate {
@@ -67,7 +107,12 @@ const Candidate kCandidates[] = {
     {&isa_portable::kernels, always, true},
 #if defined(FASTATTN_HAVE_EMULATED512)
     {&isa_emulated512::kernels, has_avx2, false},
+#endif
+#if defined(FASTATTN_HAVE_EMULATED512_BF16)
     {&isa_emulated512_bf16::kernels, has_avx2, false},
+#endif
+#if defined(FASTATTN_HAVE_EMULATED512_AMX)
+    {&kEmulatedAmx, has_avx2, false},
 #endif
 #if defined(FASTATTN_HAVE_AVX2)
     {&isa_avx2::kernels, has_avx2, true},
@@ -77,6 +122,10 @@ const Candidate kCandidates[] = {
 #endif
 #if defined(FASTATTN_HAVE_AVX512_BF16)
     {&isa_avx512_bf16::kernels, has_avx512_bf16, true},
+#endif
+#if defined(FASTATTN_HAVE_AMX_BF16)
+    // Nobody has timed it yet: only where it is asked for.
+    {&kAmx, has_amx_bf16, false},
 #endif
 #if defined(FASTATTN_HAVE_NEON)
     {&isa_neon::kernels, always, true},

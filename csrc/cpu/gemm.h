@@ -8,11 +8,24 @@
 //   time
 //
 // A micro-kernel keeps a block of up to 6 rows x kNR columns of C in registers for the whole of K: per step
-// kNV loads of B and 6 broadcasts of A feed 6 * kNV multiply-adds (Goto and van de Geijn 2008).
+// kNV loads of B and 6 broadcasts of A feed 6 * kNV multiply-adds (Goto and van de Geijn 2008). Where bf16
+// has matrix registers, amx_gemm.h takes its products from the same operands.
 #ifndef FASTATTN_CPU_GEMM_H
 #define FASTATTN_CPU_GEMM_H
 
 #include "vec.h"
+
+namespace fastattn::FASTATTN_ISA_NS {
+
+struct Range {
+  int begin, end;
+};
+
+}  // namespace fastattn::FASTATTN_ISA_NS
+
+#if defined(FASTATTN_AMX)
+#include "amx_gemm.h"
+#endif
 
 namespace fastattn::FASTATTN_ISA_NS {
 
@@ -108,16 +121,10 @@ FASTATTN_ALWAYS int block_rows(int left) {
   return left >= 2 * kMR ? kMR : left <= kMR ? left : (left + 1) / 2;
 }
 
-struct Range {
-  int begin, end;
-};
-
-// rows_of(n0, n1): the rows that are needed of columns n0..n1; depth_of(i0, i1): the part of K that rows
-// i0..i1 have anything in. Masks shrink both; with no mask they are the whole.
 template <class E, bool kByColumns, class RowsOf, class DepthOf>
-FASTATTN_ALWAYS void gemm(int n_count, const typename E::Unit* a, int64_t lda, const typename E::Unit* b,
-                          int64_t panel_stride, int64_t ldb, float* c, int64_t ldc, bool accumulate,
-                          RowsOf rows_of, DepthOf depth_of) {
+FASTATTN_ALWAYS void vector_gemm(int n_count, const typename E::Unit* a, int64_t lda,
+                                 const typename E::Unit* b, int64_t panel_stride, int64_t ldb, float* c,
+                                 int64_t ldc, bool accumulate, RowsOf rows_of, DepthOf depth_of) {
   for (int n = 0; n < n_count; n += kNR, b += panel_stride) {
     const int columns = n_count - n < kNR ? n_count - n : kNR;
     const Range rows = rows_of(n, n + columns);
@@ -133,6 +140,20 @@ FASTATTN_ALWAYS void gemm(int n_count, const typename E::Unit* a, int64_t lda, c
       i += m;
     }
   }
+}
+
+// rows_of(n0, n1): the rows that are needed of columns n0..n1; depth_of(i0, i1): the part of K that rows
+// i0..i1 have anything in. Masks shrink both; with no mask they are the whole.
+template <class E, bool kByColumns, class RowsOf, class DepthOf>
+FASTATTN_ALWAYS void gemm(int n_count, const typename E::Unit* a, int64_t lda, const typename E::Unit* b,
+                          int64_t panel_stride, int64_t ldb, float* c, int64_t ldc, bool accumulate,
+                          RowsOf rows_of, DepthOf depth_of) {
+#if defined(FASTATTN_AMX)
+  if constexpr (E::kPerUnit == 2)
+    amx_gemm<kByColumns>(n_count, a, lda, b, panel_stride, ldb, c, ldc, accumulate, rows_of, depth_of);
+  else
+#endif
+    vector_gemm<E, kByColumns>(n_count, a, lda, b, panel_stride, ldb, c, ldc, accumulate, rows_of, depth_of);
 }
 
 }  // namespace fastattn::FASTATTN_ISA_NS

@@ -1,5 +1,6 @@
 // One instruction set's kernels; compiled once for each with FASTATTN_ISA_NS, FASTATTN_ISA_NAME,
-// FASTATTN_VECTOR_BYTES and perhaps FASTATTN_BF16_DOT defined by the build.
+// FASTATTN_VECTOR_BYTES and perhaps FASTATTN_BF16_DOT defined by the build. FASTATTN_AMX (bf16 products in
+// tiles) leaves the other dtypes to the instruction set below: dispatch.cpp puts the two together.
 #include "kernels.h"
 
 #include "backward_passes.h"
@@ -17,11 +18,15 @@ void run_units(Work* work) {
   Pass<T, E> pass(*work);
   if (!get_workspace(*work, pass)) return;
   const Phase phase(kAll);
+#if defined(FASTATTN_AMX)
+  const TileRegisters tiles;
+#endif
   take_units(*work, work->heads, [&](const Entry& entry, int64_t head, const Entry* next, int64_t next_head) {
     pass.run(entry, head, next, next_head);
   });
 }
 
+#if !defined(FASTATTN_AMX)
 void dropout_mask_row(uint64_t seed, float p, int64_t b, int64_t h, int64_t i, int64_t nk, uint8_t* keep) {
   const Dropout dropout(seed, p);
   int32_t row[kKeyTile];
@@ -31,6 +36,7 @@ void dropout_mask_row(uint64_t seed, float p, int64_t b, int64_t h, int64_t i, i
     for (int c = 0; c < n; ++c) keep[j + c] = row[c] != 0;
   }
 }
+#endif
 
 #if defined(FASTATTN_BF16_DOT)
 typedef Pair ForBF16;
@@ -38,12 +44,30 @@ typedef Pair ForBF16;
 typedef Single ForBF16;
 #endif
 
+}  // namespace
+
+// Constants, nothing that runs when the library is loaded: this processor may not know these instructions.
+extern const Kernels kernels;
+
+#if defined(FASTATTN_AMX)
+
+#define FASTATTN_BF16_ALONE(Pass) {nullptr, nullptr, run_units<Pass, BF16, ForBF16>}
+
+const Kernels kernels = {FASTATTN_ISA_NAME,
+                         FASTATTN_BF16_ALONE(Forward),
+                         FASTATTN_BF16_ALONE(MergePass),
+                         FASTATTN_BF16_ALONE(KeyPass),
+                         FASTATTN_BF16_ALONE(QueryPass),
+                         FASTATTN_BF16_ALONE(BiasPass),
+                         FASTATTN_BF16_ALONE(RelativePass),
+                         {nullptr, nullptr, nullptr},
+                         nullptr};
+
+#else
+
 #define FASTATTN_BY_DTYPE(Pass) \
   {run_units<Pass, F32, Single>, run_units<Pass, F16, Single>, run_units<Pass, BF16, ForBF16>}
 
-}  // namespace
-
-extern const Kernels kernels;
 const Kernels kernels = {FASTATTN_ISA_NAME,
                          FASTATTN_BY_DTYPE(Forward),
                          FASTATTN_BY_DTYPE(MergePass),
@@ -53,5 +77,7 @@ const Kernels kernels = {FASTATTN_ISA_NAME,
                          FASTATTN_BY_DTYPE(RelativePass),
                          {hidden_dropout<F32>, hidden_dropout<F16>, hidden_dropout<BF16>},
                          dropout_mask_row};
+
+#endif
 
 }  // namespace fastattn::FASTATTN_ISA_NS

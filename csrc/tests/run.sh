@@ -35,7 +35,7 @@ plain() {
 # emulated where it has none. libFuzzer where clang brings it; the seeded driver everywhere.
 asan() {
   build asan -DFASTATTN_SANITIZE=address,undefined -DFASTATTN_EMULATE_WIDE="$(narrow)" \
-    -DFASTATTN_ISAS="$(best);emulated512;emulated512_bf16"
+    -DFASTATTN_ISAS="$(best);emulated512;emulated512_bf16;emulated512_amx"
   FASTATTN_TEST_CASES=40 each_isa build/tests-asan/abi_tests
   build/tests-asan/fuzz_problem "$fuzz_seconds"
   if echo 'int main(){}' | clang++ -fsanitize=fuzzer-no-link,address -x c++ - -o /dev/null 2>/dev/null; then

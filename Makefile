@@ -34,7 +34,7 @@ export TOKENIZERS_PARALLELISM := false
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .PHONY: help setup native lint format test-cpp test-python test test-all test-aarch64 families-table finetune \
-	bench clean distclean
+	bench gpu-check clean distclean
 
 help: ## this list
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 22
@@ -101,6 +101,10 @@ finetune: setup ## set up once, then fine-tune a BERT with and without fastattn 
 bench: setup ## the CPU kernels against torch; tables and plots under runs/bench
 	$(call say,fastattn $(BENCH))
 	$(VENV)/bin/fastattn $(BENCH)
+
+gpu-check: setup ## on a machine with a GPU: test and time its backends and write a report (skips without one)
+	$(call say,GPU check)
+	$(PY) benchmarks/gpu_check.py
 
 clean: ## remove what was compiled and caches; .venv and runs/ stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -40,8 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--forward-only", action="store_true", help="leave the backward pass out")
     parser.add_argument(
-        "--against", nargs="*", default=["sdpa", "eager", "flex"], metavar="PEER", help="(sdpa eager flex)"
-    )
+        "--against", nargs="*", default=["sdpa", "eager", "flex"], metavar="PEER",
+        help="also sdpa-flash, sdpa-cudnn and flash-attn (sdpa eager flex)",
+    )  # fmt: skip
     parser.add_argument(
         "--seconds", type=float, default=1.5, metavar="S", help="about how long each cell takes (1.5)"
     )
@@ -57,28 +58,34 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
     import fastattn
     from fastattn.finetune.measure import machine, versions
 
-    from . import peak
+    from . import gpu, peak
+    from .contenders import CONTENDERS
 
     if arguments.threads is not None:
         if arguments.threads < 1:
             raise InvalidArgumentError("--threads", arguments.threads, "a positive number")
         torch.set_num_threads(arguments.threads)
     parts = [_known("--parts", name, _PARTS) for name in arguments.parts]
-    peers = [_known("--against", name, ("sdpa", "eager", "flex")) for name in arguments.against]
+    peers = [_known("--against", name, CONTENDERS[1:]) for name in arguments.against]
     cells = list(_cells(arguments))
-    device = "cpu" if arguments.backend in ("cpu", "reference") else "cuda"
+    device = gpu.device_of(arguments.backend)
     for name in parts:
         if name in ("phases", "scaling") and arguments.backend != "cpu":
             raise InvalidArgumentError("--parts", name, "grid and ratios, unless --backend is cpu")
     one = torch.zeros(1, 1, 1, 8, device=device)
     # Refuses here, with its reason, or not at all.
     fastattn.attention(one, one, one, backend=arguments.backend)
-    isa = _isa(arguments.backend)
-    roof = peak.measure(isa, torch.get_num_threads())
-    print(_heading(machine(), roof))
+    on = machine()
+    if device == "cuda":
+        isa = arguments.backend
+        roof, on = gpu.measure_peak(device), on | gpu.machine()
+    else:
+        isa = _isa(arguments.backend)
+        roof = peak.measure(isa, torch.get_num_threads())
+    print(_heading(on, roof))
     context = {
         "command": shlex.join(["fastattn", *argv]),
-        "machine": machine(),
+        "machine": on,
         "versions": versions(),
         "peak": vars(roof),
         "timing": "medians of interleaved rounds in one process; speedup = contender's time / fastattn's",

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend
 
 import fastattn
 
@@ -101,16 +102,21 @@ def _causal(b, h, i, j):
     return i >= j
 
 
-CONTENDERS = ("fastattn", "sdpa", "eager", "flex")
+CONTENDERS = ("fastattn", "sdpa", "eager", "flex", "sdpa-flash", "sdpa-cudnn", "flash-attn")
 
 
 def make(name: str, inputs: Inputs, backend: str) -> Callable[[], None]:
     """One step of a contender on a cell: forward, and backward where the cell has it. Raises Refusal."""
+    from . import gpu
+
     build = {
         "fastattn": functools.partial(_fastattn, backend=backend),
         "sdpa": _sdpa,
         "eager": _eager,
         "flex": _flex,
+        "sdpa-flash": functools.partial(gpu.sdpa_by, SDPBackend.FLASH_ATTENTION),
+        "sdpa-cudnn": functools.partial(gpu.sdpa_by, SDPBackend.CUDNN_ATTENTION),
+        "flash-attn": gpu.flash_attn,
     }
     forward = build[name](inputs)
     if not inputs.with_backward:

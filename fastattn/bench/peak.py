@@ -37,9 +37,12 @@ class Peak:
     bfloat16: float | None
     copy_bytes: float
     reason: str = ""
+    float16: float | None = None
+    """None: computed in float32, as on CPUs."""
 
     def flops(self, dtype: str) -> float | None:
-        """fp16 is computed in fp32."""
+        if dtype == "float16" and self.float16 is not None:
+            return self.float16
         return self.bfloat16 if dtype == "bfloat16" else self.float32
 
 

@@ -96,7 +96,7 @@ def plot(path: Path, rows: list[dict], cells: list[Cell], peak: Peak) -> None:
         axes.plot(
             xs, [min(roof, x * peak.copy_bytes) / 1e9 for x in xs], color="black", label="roof (measured)"
         )
-        for marker, name in zip("o^svD", dict.fromkeys(r["contender"] for r in found), strict=False):
+        for marker, name in zip("o^svDP*X", dict.fromkeys(r["contender"] for r in found), strict=False):
             points = [
                 (x, r["gflops"]) for x, r in zip(positions, found, strict=True) if r["contender"] == name
             ]

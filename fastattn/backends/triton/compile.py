@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,11 +236,10 @@ def _amd(variant: Variant, compiled: CompiledKernel) -> dict[str, object]:
     return {
         "registers": number("vgpr_count"),
         "stack": number("private_segment_fixed_size"),
-        "spilled_registers": number("vgpr_spill_count") + number("sgpr_spill_count"),
+        "spilled_registers": number("vgpr_spill_count"),  # scalar ones go to vector registers
         "shared_limit": _AMD_SHARED_LIMIT * 1024,
         "instructions": len(re.findall(r"^\t[a-z]_|^\t(?:ds|global|buffer)_", text, re.M)),
-        "matrix_instructions": dict.fromkeys(sorted(set(re.findall(r"\bv_(?:mfma|wmma)_\w+", text))), 0)
-        | {kind: text.count(kind) for kind in set(re.findall(r"\bv_(?:mfma|wmma)_\w+", text))},
+        "matrix_instructions": dict(Counter(re.findall(r"\bv_(?:mfma|wmma)_\w+", text))),
         "global_loads_16": sum(load.endswith(("dwordx4", "b128")) for load in loads),
         "global_loads_narrower": sum(not load.endswith(("dwordx4", "b128")) for load in loads),
         "main_loop": None,

@@ -47,7 +47,7 @@ def forward_config(
     if arch == INTERPRETER:
         return _INTERPRETED
     if isinstance(arch, str):
-        return _amd_config(dim, itemsize)
+        return _amd_config(arch, "forward", dim, itemsize)
     if itemsize == 4:
         return _fp32_config(dim)
     if dim <= 64:
@@ -68,7 +68,7 @@ def dq_config(arch: Arch, head_dim: int, head_dim_v: int, itemsize: int) -> Tile
     if arch == INTERPRETER:
         return _INTERPRETED
     if isinstance(arch, str):
-        return _amd_config(dim, itemsize)
+        return _amd_config(arch, "dq", dim, itemsize)
     if itemsize == 4:
         return _fp32_config(dim)
     # Three stages load the next tile while this one is computed with; two would wait for each.
@@ -86,7 +86,7 @@ def dkdv_config(arch: Arch, head_dim: int, head_dim_v: int, itemsize: int) -> Ti
     if arch == INTERPRETER:
         return _INTERPRETED
     if isinstance(arch, str):
-        return _amd_config(dim, itemsize)
+        return _amd_config(arch, "dkdv", dim, itemsize)
     if itemsize == 4:
         return _fp32_config(dim)
     # Long key tiles, since every query tile streams past them; the widest query tile that spills nothing.
@@ -105,6 +105,8 @@ def bias_config(arch: Arch, head_dim: int, head_dim_v: int, itemsize: int) -> Ti
     dim = padded_dim(max(head_dim, head_dim_v))
     if itemsize == 4 or dim > 128:
         return TileConfig(32, 32, 4, 1)
+    if isinstance(arch, str) and not arch.startswith("gfx9"):
+        return TileConfig(64, 64, 8, 1) if dim <= 64 else TileConfig(32, 32, 8, 1)
     return TileConfig(64, 64, 4 if dim <= 64 else 8, 1)  # four warps would spill at 128
 
 
@@ -137,8 +139,18 @@ def _fp32_config(dim: int) -> TileConfig:
     return TileConfig(16, 32, 4, 2) if dim <= 128 else TileConfig(16, 16, 4, 2)
 
 
-def _amd_config(dim: int, itemsize: int) -> TileConfig:
-    # 64 KiB of local memory on all three.
+def _amd_config(arch: str, kernel: str, dim: int, itemsize: int) -> TileConfig:
+    """64 KiB of local memory on all parts; one stage, because operands pass through registers anyway."""
     if itemsize == 4:
         return TileConfig(32, 32, 4, 1)
-    return TileConfig(64, 32, 4, 1) if dim <= 128 else TileConfig(32, 32, 4, 1)
+    if arch.startswith("gfx9"):
+        if kernel == "dkdv":
+            return TileConfig(32, 64, 4, 1) if dim <= 128 else TileConfig(32, 32, 4, 1)
+        return TileConfig(64, 32, 4, 1) if dim <= 128 else TileConfig(32, 32, 4, 1)
+    # RDNA holds each operand twice in 256 registers: eight warps, 16 rows to each. What still spills: the
+    # backward kernels at 128, where no tile fits.
+    if kernel == "dkdv":
+        return TileConfig(16, 64, 8, 1) if dim <= 64 else TileConfig(16, 32, 8, 1)
+    if dim <= 64:
+        return TileConfig(128 if kernel == "forward" else 64, 32, 8, 1)
+    return TileConfig(64, 32 if kernel == "forward" and dim <= 128 else 16, 8, 1)

@@ -197,7 +197,7 @@ def test_export():
 
 
 def _train_in_parallel(rank: int, port: int, results) -> None:
-    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+    torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     torch.manual_seed(0)
     module = fastattn.MultiHeadAttention(16, 2, batch_first=True)
@@ -217,7 +217,8 @@ def test_distributed_data_parallel_averages_gradients():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("fork")
+    # Not by fork: what other tests left running in this process (compilers, profilers) may hold a lock then.
+    context = multiprocessing.get_context("spawn")
     results = context.Queue()
     processes = [context.Process(target=_train_in_parallel, args=(rank, port, results)) for rank in range(2)]
     for process in processes:

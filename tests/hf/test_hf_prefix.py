@@ -39,7 +39,7 @@ def inputs_for(task: str, padding: str) -> dict:
 
 
 def seen_by_attention(monkeypatch) -> list:
-    """Of every call of attention with a prompt: layer, layout, and which of q, k, v, prompt have gradients."""
+    """Of every call of attention with a prompt: layer, layout, which of q, k, v, prompt have gradients."""
     seen = []
     of_layer = prompt_attention.PromptPass.of_layer
 

@@ -107,9 +107,9 @@ class Variant:
         if self.kernel == "decode":
             return configs.decode_config(self.arch, 8, *shape)
         if self.kernel == "forward":
-            return configs.forward_config(
-                self.arch, *shape, bool(self.features - {"left", "right", "packed"})
-            )
+            shaped = bool(self.features - {"left", "right", "packed"})
+            biased = bool(self.features & {"bias", "relative_bias"})
+            return configs.forward_config(self.arch, *shape, shaped, biased)
         choose = {
             "dq": configs.dq_config,
             "dkdv": configs.dkdv_config,
@@ -222,7 +222,10 @@ def _nvidia(variant: Variant, compiled: CompiledKernel) -> dict[str, object]:
         "matrix_instructions": sass.matrix_count(text),
         "global_loads_16": sum(".128" in load for load in loads),
         "global_loads_narrower": sum(".128" not in load for load in loads),
-        "main_loop": None if loop is None else loop.as_dict(),
+        # tcgen05's products name no shape, and their loops poll: the model has nothing to say of sm_100.
+        "main_loop": None
+        if loop is None or any("UTC" in kind for kind in loop.matrix_kinds)
+        else loop.as_dict(),
     }
 
 

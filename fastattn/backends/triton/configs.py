@@ -40,9 +40,13 @@ def padded_dim(head_dim: int) -> int:
 
 
 def forward_config(
-    arch: Arch, head_dim: int, head_dim_v: int, itemsize: int, shaped: bool = False
+    arch: Arch, head_dim: int, head_dim_v: int, itemsize: int, shaped: bool = False, biased: bool = False
 ) -> TileConfig:
-    """Tiles of the forward kernel. shaped: whether anything but a window is done to the scores or weights."""
+    """Tiles of the forward kernel.
+
+    shaped: whether anything but a window is done to the scores or weights. biased: whether tiles of a bias or
+    relative_bias are loaded, which pass through shared memory too.
+    """
     dim = padded_dim(max(head_dim, head_dim_v))
     if arch == INTERPRETER:
         return _INTERPRETED
@@ -57,9 +61,13 @@ def forward_config(
         return TileConfig(128, 64, 4, 3) if arch < 90 else TileConfig(128, 128, 8, 3)
     if dim <= 128:
         if arch in (90, 100):
-            return TileConfig(128, 128, 8, 3)  # 224 of 227 KiB of shared memory
-        return TileConfig(128, 64, 8, 3)  # 96 KiB: what an 86, 89 or 120 has is 99
-    return TileConfig(64, 64, 8, 2) if arch in (80, 90, 100) else TileConfig(64, 32, 4, 2)
+            # 224 of 227 KiB of shared memory; shaped scores would spill 20 to 60 words an iteration.
+            return TileConfig(128, 64, 8, 3) if shaped else TileConfig(128, 128, 8, 3)
+        # 96 KiB: what an 86, 89 or 120 has is 99. Tiles of a bias leave room for half the keys, two stages.
+        return TileConfig(128, 32, 8, 2) if biased else TileConfig(128, 64, 8, 3)
+    if arch in (90, 100) and not shaped:
+        return TileConfig(128, 64, 8, 2)
+    return TileConfig(64, 64, 8, 2) if arch in (80, 90, 100) else TileConfig(64, 32, 8, 2)
 
 
 def dq_config(arch: Arch, head_dim: int, head_dim_v: int, itemsize: int) -> TileConfig:
@@ -77,7 +85,11 @@ def dq_config(arch: Arch, head_dim: int, head_dim_v: int, itemsize: int) -> Tile
     if dim <= 128:
         # 160 of 227 KiB; elsewhere 68, which fits the 99 of an 86, 89 or 120 as well.
         return TileConfig(128, 64, 8, 3) if arch in (90, 100) else TileConfig(64, 32, 4, 3)
-    return TileConfig(64, 32, 8, 2) if arch in (80, 90, 100) else TileConfig(32, 32, 4, 2)
+    if arch in (90, 100):
+        return TileConfig(
+            128, 32, 8, 2
+        )  # 64 rows for each warpgroup: with fewer the products are not wgmma's
+    return TileConfig(64, 32, 8, 2) if arch == 80 else TileConfig(32, 32, 4, 2)
 
 
 def dkdv_config(arch: Arch, head_dim: int, head_dim_v: int, itemsize: int) -> TileConfig:
@@ -94,8 +106,8 @@ def dkdv_config(arch: Arch, head_dim: int, head_dim_v: int, itemsize: int) -> Ti
         return TileConfig(64, 128, 8, 3) if arch in (90, 100) else TileConfig(32, 128, 8, 3)
     if dim <= 128:
         return TileConfig(32, 128, 8, 3) if arch in (90, 100) else TileConfig(32, 64, 8, 3)
-    # 64 keys take 100 KiB here, one more than an 86, 89 or 120 has.
-    return TileConfig(32, 64, 8, 2) if arch in (80, 90, 100) else TileConfig(32, 32, 4, 2)
+    # 66 KiB; 64 keys would take 100, one more than an 86, 89 or 120 has, and spill on the others.
+    return TileConfig(16, 64, 8, 2) if arch == 80 else TileConfig(32, 32, 8, 2)
 
 
 def bias_config(arch: Arch, head_dim: int, head_dim_v: int, itemsize: int) -> TileConfig:
@@ -103,6 +115,8 @@ def bias_config(arch: Arch, head_dim: int, head_dim_v: int, itemsize: int) -> Ti
     if arch == INTERPRETER:
         return _INTERPRETED
     dim = padded_dim(max(head_dim, head_dim_v))
+    if itemsize == 4 and dim > 128:
+        return TileConfig(16, 16, 4, 1)  # q, k, v and dout at once: 64 KiB, as for the next line
     if itemsize == 4 or dim > 128:
         return TileConfig(32, 32, 4, 1)
     if isinstance(arch, str) and not arch.startswith("gfx9"):
@@ -116,6 +130,8 @@ def decode_config(arch: Arch, rows: int, head_dim: int, head_dim_v: int, itemsiz
         return TileConfig(16, 32, 4, 1)
     dim = padded_dim(max(head_dim, head_dim_v))
     block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    if isinstance(arch, str):
+        return TileConfig(block_m, 32, 4, 2)
     # Reading the keys is all the work: stages to keep loads in flight.
     return TileConfig(block_m, 64 if dim * itemsize <= 256 else 32, 4, 3 if dim * itemsize <= 256 else 2)
 

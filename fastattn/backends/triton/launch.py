@@ -63,11 +63,13 @@ def plan_forward(problem: AttentionProblem, arch: Arch, processors: int) -> tupl
     rows = problem.seqlen_q * group_size
     itemsize = problem.dtype.itemsize
     if problem.packed or rows > configs.FOLDED_ROWS or problem.seqlen_k < 4 * rows:
+        biased = problem.bias_shape is not None or problem.has_relative_bias
         shaped = (
-            problem.has_key_mask or problem.bias_shape is not None or problem.has_relative_bias
-            or problem.alibi_shape is not None or problem.softcap > 0.0 or problem.dropout_p > 0.0
+            biased or problem.has_key_mask or problem.alibi_shape is not None or problem.softcap > 0.0
+            or problem.dropout_p > 0.0
         )  # fmt: skip
-        config = configs.forward_config(arch, problem.head_dim, problem.head_dim_v, itemsize, shaped)
+        shape = (problem.head_dim, problem.head_dim_v, itemsize)
+        config = configs.forward_config(arch, *shape, shaped, biased)
         return config, False, 1
     config = configs.decode_config(arch, rows, problem.head_dim, problem.head_dim_v, itemsize)
     tiles = _tiles(rows, config.block_m) * problem.num_kv_heads * problem.batch

@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from ...log import log_once
+
 
 class Launch:
     """`kernel` over `programs` programs. values: every argument but pointers and seed."""
@@ -38,9 +40,26 @@ class Launch:
             return
         seeds = {} if seed is None else {"seed": seed}
         grid = (self.programs, 1, 1)
-        compiled = self._kernel[grid](**pointers, **self._values, **seeds, **self._options)
+        compiled = self._first(grid, pointers | seeds)
         if compiled is not None:  # the interpreter compiles nothing
             self._prepared[kind] = compiled[grid], *self._bound(list(pointers))
+
+    def _first(self, grid: tuple[int, int, int], changing: dict[str, object]):
+        """Launch through the JIT, with fewer stages where their tiles don't fit into shared memory."""
+        from triton.runtime.errors import OutOfResources
+
+        while True:
+            try:
+                return self._kernel[grid](**changing, **self._values, **self._options)
+            except OutOfResources as error:
+                stages = self._options["num_stages"]
+                if error.name != "shared memory" or stages == 1:
+                    raise
+                self._options = self._options | {"num_stages": stages - 1}
+                log_once(
+                    f"triton: {self._kernel.__name__} runs with {stages - 1} pipeline stages instead of "
+                    f"{stages}, which would take {error.required} of {error.limit} bytes of shared memory"
+                )
 
     def _bound(self, pointers: list[str]) -> tuple[tuple, tuple]:
         """The values before and after the seed, as the kernel's parameters stand."""

@@ -96,6 +96,20 @@ def test_one_kernel_serves_every_length_stride_and_seed(fake):
     assert device.kernels == ["forward_kernel"]
 
 
+def test_stages_that_do_not_fit_are_given_up(fake, monkeypatch, caplog):
+    """A part with less shared memory than its configuration takes computes all the same, and says so."""
+    configs = importlib.import_module("fastattn.backends.triton.configs")
+    large = configs.TileConfig(64, 64, 4, 5)
+    monkeypatch.setattr(configs, "forward_config", lambda *_: large)
+    device = fake(89)  # 99 KiB
+    q, k, v = (torch.randn(1, 1, 100, 128).half() for _ in range(3))
+    out = fastattn.attention(q, k, v, backend="triton")
+    expected = fastattn.attention(q.double(), k.double(), v.double(), backend="reference")
+    torch.testing.assert_close(out.double(), expected, atol=2e-3, rtol=1e-2)
+    assert device.kernels == ["forward_kernel"]
+    assert "runs with 4 pipeline stages instead of 5, which would take" in caplog.text
+
+
 class Operations(TorchDispatchMode):
     """Names every operation that torch is asked for."""
 

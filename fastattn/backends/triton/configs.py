@@ -65,7 +65,7 @@ def forward_config(
             return TileConfig(128, 64, 8, 3) if shaped else TileConfig(128, 128, 8, 3)
         # 96 KiB: what an 86, 89 or 120 has is 99. Tiles of a bias leave room for half the keys, two stages.
         return TileConfig(128, 32, 8, 2) if biased else TileConfig(128, 64, 8, 3)
-    if arch in (90, 100) and not shaped:
+    if arch == 90 and not shaped:
         return TileConfig(128, 64, 8, 2)
     return TileConfig(64, 64, 8, 2) if arch in (80, 90, 100) else TileConfig(64, 32, 8, 2)
 

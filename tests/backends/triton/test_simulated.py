@@ -9,9 +9,8 @@ import importlib
 
 import oracle
 import pytest
-import torch
-from oracle import Case
 from ptxsim import compile_triton, launch_triton, why_no_triton
+from simulated_cases import QUICK, SLOW
 
 from fastattn import dispatch
 
@@ -76,33 +75,6 @@ def simulate(monkeypatch):
 
 def kernels_of(runs):
     return [name for name, _, _ in runs]
-
-
-def case(dtype=torch.float16, lengths=((70, 83),), **fields):
-    return Case(dtype=dtype, lengths=lengths, kv_heads=1, head_dim=64, head_dim_v=64, **fields)
-
-
-QUICK = {
-    "fp16-plain": case(),
-    "bf16-causal-gqa": case(torch.bfloat16, options={"causal": True}, group=2),
-}
-SLOW = {
-    "key_mask": case(mask=0.3),
-    "window": case(lengths=((90, 150),), options={"window": (33, 5)}),
-    "bias": case(bias=(True, True, True, True), wanted=("q", "k", "v", "bias")),
-    "relative_bias": case(relative_bias=True, wanted=("q", "k", "v", "relative_bias")),
-    "alibi-softcap": case(alibi="heads", options={"softcap": 5.0}),
-    "dropout": case(lengths=((40, 150),), options={"dropout_p": 0.3, "seed": 12345678912345}),
-    "packed": case(lengths=((70, 83), (0, 3), (5, 0), (33, 20)), packed=True, options={"causal": True}),
-    "dlse": case(use_lse=True),
-    "decode": case(lengths=((1, 1100),), group=4, wanted=()),
-    "wide": Case(
-        torch.float16, ((70, 83),), kv_heads=1, head_dim=128, head_dim_v=128, options={"causal": True}
-    ),
-    "odd-dims": Case(torch.float16, ((35, 40),), kv_heads=1, head_dim=40, head_dim_v=96),
-    "misaligned": case(lengths=((35, 40),), layout="sliced"),
-    "fp32": case(torch.float32, lengths=((35, 40),)),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("arch", [80, 90])

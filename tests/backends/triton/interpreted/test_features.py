@@ -4,6 +4,8 @@ Interpreted tiles are 32x32 (16x32 when decoding), so 37 x 45 has full tiles, ta
 edges.
 """
 
+from dataclasses import replace
+
 import oracle
 import pytest
 import torch
@@ -62,11 +64,37 @@ def test_feature(name, poisoned):
     oracle.check(FEATURES[name], "triton")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("name", ["plain", "everything"])
-def test_dtype(name, dtype, poisoned):
-    case = FEATURES[name]
-    oracle.check(Case(**{**case.__dict__, "dtype": dtype}), "triton")
+HALF = {
+    f"{dtype}-{name}": replace(FEATURES[name], dtype=getattr(torch, dtype))
+    for dtype in ("bfloat16", "float16")
+    for name in ("plain", "everything")
+}
+MORE_IN_HALF = {
+    f"{dtype}-{name}": replace(FEATURES[name], dtype=getattr(torch, dtype))
+    for dtype in ("bfloat16", "float16")
+    for name in FEATURES
+    if name not in ("plain", "everything")
+} | {
+    f"{dtype}-head_dim-{dim}": Case(getattr(torch, dtype), ((33, 40),), head_dim=dim, head_dim_v=dim)
+    for dtype in ("bfloat16", "float16", "float32")
+    for dim in (128, 256)
+}  # fmt: skip
+
+
+def every_case() -> list[Case]:
+    """For ../proof_matrix.py."""
+    return [*FEATURES.values(), *HALF.values(), *MORE_IN_HALF.values()]
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_dtype(name, poisoned):
+    oracle.check(HALF[name], "triton")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE_IN_HALF)
+def test_more_of_each_dtype(name, poisoned):
+    oracle.check(MORE_IN_HALF[name], "triton")
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,8 @@ def build(folder: Path) -> Path:
         include = package / "backends" / "nvidia" / "include"
         command = [compiler(), "-O2", "-shared", "-fPIC", f"-I{include}", "-Wl,-soname,libcuda.so.1"]
         subprocess.run([*command, str(source), "-o", str(library)], check=True)
+        (folder / "libcuda.so").unlink(missing_ok=True)
+        (folder / "libcuda.so").symlink_to(library.name)  # what Triton before 3.9 links with
     return library
 
 

@@ -14,10 +14,12 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from .prompt_attention import PromptPass
 
 
-@torch.compiler.disable
 def shared_prefix(model: nn.Module, cache: Cache | None, layers: int) -> PromptPass | None:
-    """The prompt that a cache of `layers` layers is, if every sample has the same; looks at its values."""
-    if type(cache) is not DynamicCache or len(cache.layers) != layers:
+    """The prompt that a cache of `layers` layers is, if every sample has the same; looks at its values.
+
+    None in a graph that torch.compile traces: there are no values to look at, and the cache is read as it is.
+    """
+    if torch.compiler.is_compiling() or type(cache) is not DynamicCache or len(cache.layers) != layers:
         return None
     if model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
         return None  # transformers itself drops a cache there

@@ -10,6 +10,10 @@
 #elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #include <arm_neon.h>
 #endif
+#if defined(__AMX_BF16__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace {
 
@@ -23,7 +27,9 @@ constexpr int kBytes = 16;
 typedef float Vector __attribute__((vector_size(kBytes)));
 
 constexpr int kChains = 12;  // enough to hide the latency of two units, few enough for 16 registers
-constexpr int64_t kInner = 1 << 16;
+constexpr int64_t kRounds = 1 << 20;
+// Unequal, and unknown to the compiler: of equal chains it would compute one.
+volatile float chain_starts[kChains] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11};
 
 struct Fp32 {
   static constexpr int64_t kFlops = 2 * kBytes / 4;
@@ -48,19 +54,58 @@ using Bf16 = Fp32;  // without the instruction, 16-bit products are made in fp32
 #endif
 
 template <class Unit>
-float chains(int64_t rounds) {
-  Unit unit;
-  asm volatile("" : "+m"(unit));  // keeps the constants from being folded
-  Vector sums[kChains] = {};
-  for (int64_t round = 0; round < rounds; ++round)
-    for (int c = 0; c < kChains; ++c) sums[c] = unit.step(sums[c]);
-  float total = 0;
-  for (const Vector& sum : sums)
-    for (int lane = 0; lane < kBytes / 4; ++lane) total += sum[lane];
-  return total;
-}
+struct Chains {
+  static constexpr int64_t kFlops = Unit::kFlops * kChains;
+  static float run() {
+    Unit unit;
+    asm volatile("" : "+m"(unit));  // keeps the constants from being folded
+    Vector sums[kChains];
+    for (int c = 0; c < kChains; ++c) sums[c] = Vector{} + chain_starts[c];
+    for (int64_t round = 0; round < kRounds; ++round)
+      for (int c = 0; c < kChains; ++c) sums[c] = unit.step(sums[c]);
+    float total = 0;
+    for (const Vector& sum : sums)
+      for (int lane = 0; lane < kBytes / 4; ++lane) total += sum[lane];
+    return total;
+  }
+};
 
-template <class Unit>
+#if defined(__AMX_BF16__)
+// Products of 16 x 32 and 32 x 16 added to four tiles of sums, with the four operands that this leaves room
+// for.
+struct Tiles {
+  static constexpr int64_t kFlops = 4 * 2 * 16 * 16 * 32;
+  static float run() {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    alignas(64) static const float zeros[256] = {};
+    alignas(64) float sums[256];
+    _tile_loadconfig(&config);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_loadd(4, zeros, 64);
+    _tile_loadd(5, zeros, 64);
+    _tile_loadd(6, zeros, 64);
+    _tile_loadd(7, zeros, 64);
+    for (int64_t round = 0; round < kRounds; ++round) {
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, sums, 64);
+    _tile_release();
+    return sums[0];
+  }
+};
+#endif
+
+template <class Work>
 double best_flops_per_second(int threads, double seconds) {
   using Clock = std::chrono::steady_clock;
   double best = 0;
@@ -70,12 +115,12 @@ double best_flops_per_second(int threads, double seconds) {
     std::vector<std::thread> team;
     for (int t = 0; t < threads; ++t)
       team.emplace_back([] {
-        volatile float sink = chains<Unit>(kInner * 16);
+        volatile float sink = Work::run();
         (void)sink;
       });
     for (std::thread& member : team) member.join();
     const std::chrono::duration<double> passed = Clock::now() - start;
-    const double flops = static_cast<double>(Unit::kFlops) * kChains * kInner * 16 * threads / passed.count();
+    const double flops = static_cast<double>(Work::kFlops) * kRounds * threads / passed.count();
     if (flops > best) best = flops;
   } while (Clock::now() < end);
   return best;
@@ -84,8 +129,13 @@ double best_flops_per_second(int threads, double seconds) {
 }  // namespace
 
 extern "C" double fastattn_peak_fp32(int threads, double seconds) {
-  return best_flops_per_second<Fp32>(threads, seconds);
+  return best_flops_per_second<Chains<Fp32>>(threads, seconds);
 }
 extern "C" double fastattn_peak_bf16(int threads, double seconds) {
-  return best_flops_per_second<Bf16>(threads, seconds);
+#if defined(__AMX_BF16__)
+  constexpr int kArchReqXcompPerm = 0x1023, kXfeatureXtiledata = 18;
+  if (syscall(SYS_arch_prctl, kArchReqXcompPerm, kXfeatureXtiledata) == 0)
+    return best_flops_per_second<Tiles>(threads, seconds);
+#endif
+  return best_flops_per_second<Chains<Bf16>>(threads, seconds);
 }

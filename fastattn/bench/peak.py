@@ -22,6 +22,7 @@ FLAGS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": _AVX512,
     "avx512_bf16": [*_AVX512, "-mavx512bf16"],
+    "amx_bf16": [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
     "neon": ["-march=armv8-a"],
     "neon_bf16": ["-march=armv8.2-a+bf16"],
 }

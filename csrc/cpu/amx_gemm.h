@@ -1,5 +1,5 @@
-// The product of gemm.h for bf16 pairs in AMX tiles. A by rows and B as they are packed for the dot product
-// are what tiles load; A by columns is transposed on the way.
+// The product of gemm.h for bf16 pairs in AMX tiles, which load A by rows and B as they are packed for the
+// dot product.
 //
 // Four tiles of C, 32 x 32, stay in registers for the whole of K: a step of 16 units loads two tiles of A and
 // two of B for four products. Blocks that are not full go through zero-filled copies, because what lies
@@ -8,7 +8,6 @@
 #define FASTATTN_CPU_AMX_GEMM_H
 
 #include "amx.h"
-#include "transpose.h"
 
 namespace fastattn::FASTATTN_ISA_NS {
 
@@ -23,24 +22,12 @@ struct TileSource {
 };
 
 // Units (i, k) of A, i < rows, k < depth.
-template <bool kByColumns>
 FASTATTN_ALWAYS TileSource tile_of_a(const uint32_t* a, int64_t lda, int rows, int64_t depth,
                                      TileCopy& copy) {
-  if constexpr (kByColumns) {
-    vf x[W];
-#pragma GCC unroll 16
-    for (int k = 0; k < W; ++k) x[k] = k < depth ? load_as<vf>(a + k * lda) : vf{};
-    butterfly<W / 2>(x);
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) copy.rows[i] = as_uint(x[i]);
-    return {(const uint32_t*)copy.rows, W};
-  } else {
-    if (rows >= kTileRows && depth >= W) return {a, lda};
-    const vi wanted = lane_index() < (int32_t)(depth < W ? depth : W);
-    for (int i = 0; i < kTileRows; ++i)
-      copy.rows[i] = i < rows ? load_as<vu>(a + i * lda) & (vu)wanted : vu{};
-    return {(const uint32_t*)copy.rows, W};
-  }
+  if (rows >= kTileRows && depth >= W) return {a, lda};
+  const vi wanted = lane_index() < (int32_t)(depth < W ? depth : W);
+  for (int i = 0; i < kTileRows; ++i) copy.rows[i] = i < rows ? load_as<vu>(a + i * lda) & (vu)wanted : vu{};
+  return {(const uint32_t*)copy.rows, W};
 }
 
 // Units (k, n) of B, k < depth.
@@ -51,10 +38,9 @@ FASTATTN_ALWAYS TileSource tile_of_b(const uint32_t* b, int64_t ldb, int64_t dep
 }
 
 // C[rows x columns] (+)= A B: rows 1..32, columns 16 or 32.
-template <bool kByColumns>
-__attribute__((noinline)) void amx_block(int rows, int columns, int64_t depth, const uint32_t* a, int64_t lda,
-                                         const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
-                                         bool accumulate) {
+__attribute__((noinline)) inline void amx_block(int rows, int columns, int64_t depth, const uint32_t* a,
+                                                int64_t lda, const uint32_t* b, int64_t ldb, float* c,
+                                                int64_t ldc, bool accumulate) {
   const bool below = rows > kTileRows, beside = columns > kTileRows;
   const int rows0 = below ? kTileRows : rows, rows1 = rows - kTileRows;
   float* const c1 = c + kTileRows * ldc;
@@ -74,9 +60,9 @@ __attribute__((noinline)) void amx_block(int rows, int columns, int64_t depth, c
 
   for (int64_t k = 0; k < depth; k += W) {
     const int64_t left = depth - k;
-    const uint32_t* const a0 = kByColumns ? a + k * lda : a + k;
+    const uint32_t* const a0 = a + k;
     const uint32_t* const b0 = b + k * ldb;
-    const TileSource upper = tile_of_a<kByColumns>(a0, lda, rows0, left, copy[0]);
+    const TileSource upper = tile_of_a(a0, lda, rows0, left, copy[0]);
     const TileSource first = tile_of_b(b0, ldb, left, copy[1]);
     FASTATTN_TILE_LOAD(4, upper.from, upper.stride);
     FASTATTN_TILE_LOAD(6, first.from, first.stride);
@@ -87,8 +73,7 @@ __attribute__((noinline)) void amx_block(int rows, int columns, int64_t depth, c
       FASTATTN_TILE_DOT(1, 4, 7);
     }
     if (!below) continue;
-    const TileSource lower =
-        tile_of_a<kByColumns>(a0 + (kByColumns ? kTileRows : kTileRows * lda), lda, rows1, left, copy[3]);
+    const TileSource lower = tile_of_a(a0 + kTileRows * lda, lda, rows1, left, copy[3]);
     FASTATTN_TILE_LOAD(5, lower.from, lower.stride);
     FASTATTN_TILE_DOT(2, 5, 6);
     if (beside) FASTATTN_TILE_DOT(3, 5, 7);
@@ -114,8 +99,8 @@ __attribute__((noinline)) void amx_block(int rows, int columns, int64_t depth, c
 #undef FASTATTN_TILE_END
 }
 
-// As gemm() in gemm.h; panels of B are kNR = 4 * W columns wide.
-template <bool kByColumns, class RowsOf, class DepthOf>
+// As gemm() in gemm.h, A by rows; panels of B are kNR = 4 * W columns wide.
+template <class RowsOf, class DepthOf>
 FASTATTN_ALWAYS void amx_gemm(int n_count, const uint32_t* a, int64_t lda, const uint32_t* b,
                               int64_t panel_stride, int64_t ldb, float* c, int64_t ldc, bool accumulate,
                               RowsOf rows_of, DepthOf depth_of) {
@@ -129,9 +114,8 @@ FASTATTN_ALWAYS void amx_gemm(int n_count, const uint32_t* a, int64_t lda, const
       const int m = rows.end - i < kBlock ? rows.end - i : kBlock;
       const Range depth = depth_of(i, i + m);
       if (depth.begin >= depth.end && accumulate) continue;
-      amx_block<kByColumns>(m, columns, depth.end - depth.begin,
-                            a + (kByColumns ? i + depth.begin * lda : i * lda + depth.begin), lda,
-                            panel + depth.begin * ldb, ldb, c + i * ldc + n, ldc, accumulate);
+      amx_block(m, columns, depth.end - depth.begin, a + i * lda + depth.begin, lda,
+                panel + depth.begin * ldb, ldb, c + i * ldc + n, ldc, accumulate);
     }
   }
 }

@@ -97,9 +97,9 @@ struct Backward {
     staging = arena.take<Unit>(kPairs ? kKeyTile * (depth_ld > depth_v_ld ? depth_ld : depth_v_ld) : 0);
     key_panels = arena.take<Unit>(panels * depth * kNR);
     value_panels = arena.take<Unit>(panels * depth_v * kNR);
-    weights = arena.take<Unit>(kPairs ? kQueryTile / 2 * kScoreLd : 0);
+    weights = arena.take<Unit>(Weights<E>::kColumnsUnits);
     ds_by_rows = arena.take<Unit>(kPairs ? kQueryTile * kScoreLd : 0);
-    ds_by_columns = arena.take<Unit>(kPairs ? kQueryTile / 2 * kScoreLd : 0);
+    ds_by_columns = arena.take<Unit>(Weights<E>::kColumnsUnits);
     scores = arena.take<float>(kQueryTile * kScoreLd);
     dscores = arena.take<float>(kQueryTile * kScoreLd);
     slopes = arena.take<float>(want_slopes ? kKeyTile : 0);
@@ -297,10 +297,10 @@ struct Backward {
   void add_to_keys(const TileRows& rows, const KeyTile& keys, const float* tile, Unit* buffer, const Unit* b,
                    int64_t b_ld, int64_t columns, bool accumulate, float* sums, int64_t ld) {
     const Phase phase(kToKeys);
-    const Unit* a = Weights<E>::by_columns(tile, kScoreLd, rows.rows, keys.padded, buffer, kScoreLd);
-    gemm<E, true>((int)round_up(columns, W), a, kScoreLd, b, kNR, b_ld, sums, ld, accumulate,
-                  [&](int, int) { return Range{0, keys.count}; },
-                  [&](int j0, int j1) { return to_units<E>(rows.rows_of(j0, j1)); });
+    const Unit* a = Weights<E>::by_columns(tile, kScoreLd, rows.rows, keys.padded, buffer);
+    gemm<E, Weights<E>::kByColumns>((int)round_up(columns, W), a, Weights<E>::kColumnsLd, b, kNR, b_ld, sums,
+                                    ld, accumulate, [&](int, int) { return Range{0, keys.count}; },
+                                    [&](int j0, int j1) { return to_units<E>(rows.rows_of(j0, j1)); });
   }
 
   // sums[query] (+)= dS K.

@@ -57,8 +57,8 @@ struct Forward {
     panels = arena.take<Unit>((kKeyTile + kNR) / kNR * panel_stride);
     values = arena.take<Unit>(kKeyTile * columns_ld);
     queries = arena.take<Unit>(queries_in_place ? 0 : slots * kQueryTile * depth_ld);
-    weights = arena.take<Unit>(kQueryTile * kScoreLd);
     scores = arena.take<float>(kQueryTile * kScoreLd);
+    weights = E::kPerUnit == 2 ? arena.take<Unit>(kQueryTile * kScoreLd) : (Unit*)scores;
     sums = arena.take<float>(slots * kQueryTile * columns_ld);
     thin_queries = arena.take<float>(kThinRows * operand_ld(p.head_dim));
     state = arena.take<RowState>(slots);
@@ -77,7 +77,7 @@ struct Forward {
       tiles[t] = query_tile_of(p, s, kv_head, entry.begin + t);
       row_count += tiles[t].rows;
       started[t] = false;
-      state[t].reset(tiles[t].rows);
+      state[t].reset();
     }
     const bool thin = is_thin(p, s);
     for (int t = 0; t < tile_count && !thin; ++t)
@@ -120,11 +120,13 @@ struct Forward {
       for (int t = 0; t < tile_count; ++t) {
         TileRows rows;
         if (!rows.set(visible, tiles[t].i0, tiles[t].rows, keys)) continue;
-        multiply_scores(rows, keys, q[t]);
-        weigh(s, entry.b, tiles[t], rows, keys, state[t], sums + t * kQueryTile * columns_ld, stream);
         if (!rows.full && finite < 0)
           finite = all_finite(values, columns_ld, keys.count, round_up(p.head_dim_v, W));
-        add_values(rows, keys, !rows.full && finite == 0, started[t], sums + t * kQueryTile * columns_ld);
+        const bool careful = !rows.full && finite == 0;
+        float* sum_rows = sums + t * kQueryTile * columns_ld;
+        multiply_scores(rows, keys, q[t]);
+        weigh(s, entry.b, tiles[t], rows, keys, careful, state[t], sum_rows, stream);
+        add_values(rows, keys, careful, started[t], sum_rows);
         started[t] = true;
       }
     }
@@ -155,7 +157,7 @@ struct Forward {
         const Phase phase(kScores);
         thin_scores<T>(thin_queries, ld, tiles[t].rows, k, p.k.stride_n, keys.count, p.head_dim, scores);
       }
-      weigh(s, b, tiles[t], rows, keys, state[t], sum_rows, nothing);
+      weigh(s, b, tiles[t], rows, keys, true, state[t], sum_rows, nothing);
       const Phase phase(kValues);
       thin_values<T>(rows, keys, scores, v, p.v.stride_n, p.head_dim_v, sum_rows, columns_ld);
     }
@@ -203,37 +205,68 @@ struct Forward {
         [&](int, int) { return Range{0, (int)depth}; });
   }
 
-  // Scores become weights; sums and state are brought to this tile's maxima.
+  // Scores become weights, in `weights` as the product with V takes them or, `in_place`, in fp32 where the
+  // scores were; sums and state are brought to this tile's maxima.
   void weigh(const Sequence& s, int64_t b, const QueryTile& tile, const TileRows& rows, const KeyTile& keys,
-             RowState& row_state, float* sum_rows, Stream& stream) {
+             bool in_place, RowState& row_state, float* sum_rows, Stream& stream) {
     const Phase phase(kRows);
-    const float scale = has_terms ? 1.0f : p.softmax_scale;
-    int32_t keep[kKeyTile + kDropoutLanes];
-    for (int i = 0; i < tile.rows; ++i) {
-      stream.step();
-      float* row = scores + i * kScoreLd;
-      const int begin = rows.begin[i], end = rows.end[i];
-      if (begin >= end) {
-        zero_outside(row, 0, 0, keys.padded);
-        continue;
-      }
-      const int first = begin / W * W, last = (int)round_up(end, W);
-      if (has_terms)
-        finish_scores(p, s, b, tile.head, tile.i0 + i, keys.begin + first, end - first, row + first, nullptr);
-      mask_row(row, begin, end, keys, -kInf);
-      float rescale;
-      if (softmax_row(row, first, last, scale, row_state.peak[i], row_state.sum[i], &rescale))
-        for (int64_t d = 0; d < p.head_dim_v; d += W) {
-          float* sum = sum_rows + i * columns_ld + d;
-          store(sum, load(sum) * rescale);
-        }
-      if (dropout.active) {
-        dropout.row(b, tile.head, tile.i0 + i, keys.begin, end, keep);
-        for (int c = first; c < last; c += W)
-          store(row + c, as_float(as_int(load(row + c)) & load_as<vi>(keep + c)));
-      }
-      zero_outside(row, begin, end, keys.padded);
+    const auto group =
+        in_place || E::kPerUnit == 1
+            ? (dropout.active ? &Forward::weigh_group<true, true> : &Forward::weigh_group<true, false>)
+            : (dropout.active ? &Forward::weigh_group<false, true> : &Forward::weigh_group<false, false>);
+    for (int i0 = 0; i0 < tile.rows; i0 += W) {
+      for (int i = i0; i < i0 + W && i < tile.rows; ++i) stream.step();
+      (this->*group)(s, b, tile, rows, keys, i0, row_state, sum_rows);
     }
+  }
+
+  template <bool kInPlace, bool kDropout>
+  void weigh_group(const Sequence& s, int64_t b, const QueryTile& tile, const TileRows& rows,
+                   const KeyTile& keys, int i0, RowState& row_state, float* sum_rows) {
+    RowGroup group;
+    group.scores = scores + i0 * kScoreLd;
+    group.count = tile.rows - i0 < W ? tile.rows - i0 : W;
+    for (int i = 0; i < group.count; ++i) {
+      const int begin = rows.begin[i0 + i], end = rows.end[i0 + i];
+      const bool empty = begin >= end;
+      group.first[i] = empty ? 0 : begin / W * W;
+      group.last[i] = empty ? 0 : (int)round_up(end, W);
+      if (empty) continue;
+      if (has_terms)
+        finish_scores(p, s, b, tile.head, tile.i0 + i0 + i, keys.begin + group.first[i], end - group.first[i],
+                      group.row(i) + group.first[i], nullptr);
+      mask_row(group.row(i), begin, end, keys, -kInf);
+    }
+    RowFactors factors;
+    move_peaks(group, has_terms ? 1.0f : p.softmax_scale, row_state.peak + i0, factors);
+
+    vf totals[W];
+    int32_t keep[kKeyTile + kDropoutLanes];
+    for (int i = 0; i < W; ++i) {
+      totals[i] = vf{};
+      if (i >= group.count) continue;
+      const int begin = rows.begin[i0 + i], end = rows.end[i0 + i];
+      if (kDropout && begin < end) dropout.row(b, tile.head, tile.i0 + i0 + i, keys.begin, end, keep);
+      typename E::Cell* cells = (typename E::Cell*)(weights + (i0 + i) * kScoreLd);
+      totals[i] = weigh_row(group, i, factors, [&](int c, vf weight) {
+        if constexpr (kDropout) weight = as_float(as_int(weight) & load_as<vi>(keep + c));
+        if constexpr (kInPlace)
+          store(group.row(i) + c, weight);
+        else
+          E::store_cells(cells + c, weight);
+      });
+      if constexpr (kInPlace)
+        zero_outside(group.row(i), group.first[i], group.last[i], keys.padded);
+      else
+        zero_outside(cells, group.first[i], group.last[i], keys.padded);
+      if (factors.rescale[i] != 1.0f)
+        for (int64_t d = 0; d < p.head_dim_v; d += W) {
+          float* sum = sum_rows + (i0 + i) * columns_ld + d;
+          store(sum, load(sum) * factors.rescale[i]);
+        }
+    }
+    const vf total = reduce_each(totals, [](vf a, vf c) { return a + c; });
+    store(row_state.sum + i0, load(row_state.sum + i0) * load(factors.rescale) + total);
   }
 
   void add_values(const TileRows& rows, const KeyTile& keys, bool careful, bool accumulate, float* sum_rows) {
@@ -243,9 +276,8 @@ struct Forward {
       add_visible(rows, keys, scores, values, columns_ld, p.head_dim_v, sum_rows, columns_ld);
       return;
     }
-    const Unit* a = Weights<E>::by_rows(scores, kScoreLd, rows.rows, keys.padded, weights, kScoreLd);
-    gemm<E, false>((int)round_up(p.head_dim_v, W), a, kScoreLd, values, kNR, columns_ld, sum_rows, columns_ld,
-                   accumulate, [&](int, int) { return Range{0, rows.rows}; },
+    gemm<E, false>((int)round_up(p.head_dim_v, W), weights, kScoreLd, values, kNR, columns_ld, sum_rows,
+                   columns_ld, accumulate, [&](int, int) { return Range{0, rows.rows}; },
                    [&](int i0, int i1) { return to_units<E>(rows.columns_of(i0, i1)); });
   }
 

@@ -38,19 +38,22 @@ constexpr int kNV = 2;
 constexpr int kMR = 6;
 constexpr int kNR = kNV * W;
 
-// Element policies: what a unit is, and the multiply-add on it.
+// Element policies: what a unit is, the multiply-add on it, and the elements that lie in it.
 struct Single {
-  typedef float Unit;
+  typedef float Unit, Cell;
   typedef vf Vector;
   static constexpr int kPerUnit = 1;
   FASTATTN_ALWAYS vf dot(vf sum, vf a, vf b) { return a * b + sum; }
+  FASTATTN_ALWAYS void store_cells(float* to, vf x) { store(to, x); }
 };
 
 #if defined(FASTATTN_BF16_DOT)
 struct Pair {
   typedef uint32_t Unit;
+  typedef uint16_t Cell;
   typedef vu Vector;
   static constexpr int kPerUnit = 2;
+  FASTATTN_ALWAYS void store_cells(uint16_t* to, vf x) { store(to, to_bf16(x)); }
   FASTATTN_ALWAYS vf dot(vf sum, vu a, vu b) {
 #if defined(__AVX512BF16__)
     return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
@@ -149,8 +152,8 @@ FASTATTN_ALWAYS void gemm(int n_count, const typename E::Unit* a, int64_t lda, c
                           int64_t panel_stride, int64_t ldb, float* c, int64_t ldc, bool accumulate,
                           RowsOf rows_of, DepthOf depth_of) {
 #if defined(FASTATTN_AMX)
-  if constexpr (E::kPerUnit == 2)
-    amx_gemm<kByColumns>(n_count, a, lda, b, panel_stride, ldb, c, ldc, accumulate, rows_of, depth_of);
+  if constexpr (E::kPerUnit == 2 && !kByColumns)
+    amx_gemm(n_count, a, lda, b, panel_stride, ldb, c, ldc, accumulate, rows_of, depth_of);
   else
 #endif
     vector_gemm<E, kByColumns>(n_count, a, lda, b, panel_stride, ldb, c, ldc, accumulate, rows_of, depth_of);

@@ -9,6 +9,7 @@
 #define FASTATTN_CPU_PACK_H
 
 #include "gemm.h"
+#include "problem.h"
 #include "transpose.h"
 
 namespace fastattn::FASTATTN_ISA_NS {
@@ -199,14 +200,21 @@ struct Panels<BF16, Pair> {
 
 // ---- weights as operands ---------------------------------------------------------------------
 
-// fp32 scores become A operands: in place for fp32 units, as bf16 by rows or by pairs of rows otherwise.
+constexpr int kScoreLd = kKeyTile + 16;  // an odd number of cache lines, so that rows do not share L1 sets
+
+// fp32 scores become A operands: in place for fp32 units, as bf16 by rows or by pairs of rows otherwise. What
+// by_columns yields has unit (i, k), of column i and row or pair k, at [k * kColumnsLd + i] if kByColumns,
+// else at [i * kColumnsLd + k].
 template <class E>
 struct Weights;
 
 template <>
 struct Weights<Single> {
+  static constexpr bool kByColumns = true;
+  static constexpr int kColumnsLd = kScoreLd;
+  static constexpr int kColumnsUnits = 0;  // of a buffer
   static const float* by_rows(const float* tile, int64_t, int, int, float*, int64_t) { return tile; }
-  static const float* by_columns(const float* tile, int64_t, int, int, float*, int64_t) { return tile; }
+  static const float* by_columns(const float* tile, int64_t, int, int, float*) { return tile; }
 };
 
 #if defined(FASTATTN_BF16_DOT)
@@ -221,15 +229,37 @@ struct Weights<Pair> {
     return units;
   }
   // K = rows: a unit holds rows 2i and 2i + 1 of one column; a missing last row counts as zero.
-  static const uint32_t* by_columns(const float* tile, int64_t ld, int rows, int columns, uint32_t* units,
-                                    int64_t units_ld) {
-    for (int i = 0; i < rows; i += 2)
+  static vu row_pair(const float* tile, int64_t ld, int rows, int i, int column) {
+    const float* even = tile + i * ld + column;
+    return pair_bf16(i < rows ? load(even) : vf{}, i + 1 < rows ? load(even + ld) : vf{});
+  }
+#if defined(FASTATTN_AMX)  // tiles load rows, so the transpose is made here, once
+  static constexpr bool kByColumns = false;
+  static constexpr int kColumnsLd = kQueryTile / 2 + 16;  // an odd number of cache lines
+  static constexpr int kColumnsUnits = kKeyTile * kColumnsLd;
+  static const uint32_t* by_columns(const float* tile, int64_t ld, int rows, int columns, uint32_t* units) {
+    for (int i = 0; i < rows; i += 2 * W)
       for (int j = 0; j < columns; j += W) {
-        const vf odd = i + 1 < rows ? load(tile + (i + 1) * ld + j) : vf{};
-        store(units + i / 2 * units_ld + j, pair_bf16(load(tile + i * ld + j), odd));
+        vf x[W];
+#pragma GCC unroll 16
+        for (int k = 0; k < W; ++k) x[k] = as_float(row_pair(tile, ld, rows, i + 2 * k, j));
+        butterfly<W / 2>(x);
+#pragma GCC unroll 16
+        for (int k = 0; k < W; ++k) store(units + (j + k) * kColumnsLd + i / 2, x[k]);
       }
     return units;
   }
+#else
+  static constexpr bool kByColumns = true;
+  static constexpr int kColumnsLd = kScoreLd;
+  static constexpr int kColumnsUnits = kQueryTile / 2 * kColumnsLd;
+  static const uint32_t* by_columns(const float* tile, int64_t ld, int rows, int columns, uint32_t* units) {
+    for (int i = 0; i < rows; i += 2)
+      for (int j = 0; j < columns; j += W)
+        store(units + i / 2 * kColumnsLd + j, row_pair(tile, ld, rows, i, j));
+    return units;
+  }
+#endif
 };
 #endif
 

@@ -1,9 +1,10 @@
-// Online softmax of a tile (Milakov and Gimelshein 2018; Dao 2022): weights against the running
-// maximum, running sums, and a rescaling of what was summed so far only for rows whose maximum has moved.
+// Online softmax of a tile (Milakov and Gimelshein 2018; Dao 2022): weights against the running maximum,
+// running sums, and a rescaling of what was summed so far only for rows whose maximum has moved.
 #ifndef FASTATTN_CPU_SOFTMAX_H
 #define FASTATTN_CPU_SOFTMAX_H
 
 #include "tile.h"
+#include "transpose.h"
 
 namespace fastattn::FASTATTN_ISA_NS {
 
@@ -18,69 +19,84 @@ FASTATTN_ALWAYS void round_products(float* row, int begin, int end, float scale)
   for (int j = begin; j < end; j += W) store(row + j, load(row + j) * scale);
 }
 
-FASTATTN_ALWAYS bool has_nan(const float* row, int begin, int end) {
-  vf sum = {};
-  for (int j = begin; j < end; j += W) {
-    const vf x = load(row + j);
-    sum += x == x ? vf{} : x;
-  }
-  return hsum(sum) != 0.0f;  // NaN, if anything
-}
-
 struct RowState {
   float peak[kQueryTile];  // of the scores so far; -inf: nothing seen
   float sum[kQueryTile];   // of exp(score - peak)
 
-  void reset(int rows) {
-    for (int i = 0; i < rows; ++i) peak[i] = -kInf, sum[i] = 0.0f;
+  void reset() {
+    for (int i = 0; i < kQueryTile; ++i) peak[i] = -kInf, sum[i] = 0.0f;
   }
 };
 
-// Scores row[begin..end) (whole vectors, hidden ones at -inf) times `scale` become weights; true if earlier
-// sums of this row have to be multiplied with *rescale.
-FASTATTN_ALWAYS bool softmax_row(float* row, int begin, int end, float scale, float& peak, float& sum,
-                                 float* rescale) {
-  vf top0 = splat(-kInf), top1 = top0;
-  int j = begin;
-  for (; j + 2 * W <= end; j += 2 * W) {
-    top0 = vmax(top0, load(row + j));
-    top1 = vmax(top1, load(row + j + W));
-  }
-  if (j < end) top0 = vmax(top0, load(row + j));
-  const float tile_peak = hmax(vmax(top0, top1)) * scale;
-  // The maximum may have lost a NaN, but the sum below will not.
-  if (tile_peak == -kInf && !has_nan(row, begin, end)) {
-    for (j = begin; j < end; j += W) store(row + j, vf{});
-    return false;
-  }
-  const float old_peak = peak, new_peak = tile_peak > old_peak ? tile_peak : old_peak;
-  const bool moved = new_peak > old_peak && old_peak > -kInf;
-  *rescale = moved ? exp_nonpositive(splat(old_peak - new_peak))[0] : 1.0f;
-  // Nothing but NaN in the row so far: any finite offset keeps it NaN.
-  const float offset = new_peak == -kInf ? 0.0f : new_peak;
+// Up to W rows of a score tile. Their maxima and sums are reduced together, which takes a third of the
+// instructions and waits for their latency once.
+struct RowGroup {
+  float* scores;
+  int count;
+  int first[W], last[W];  // the whole vectors of a row that hold what it sees, the rest of them -inf
 
-  if (is_large(tile_peak)) {
-    round_products(row, begin, end, scale);
-    scale = 1.0f;
+  float* row(int i) const { return scores + i * kScoreLd; }
+};
+
+// Of each row: what its scores are multiplied with and what is subtracted then, and the factor that brings
+// earlier sums to the new maximum.
+struct RowFactors {
+  float scale[W], offset[W], rescale[W];
+};
+
+// Takes the maxima of these rows, scores times `scale`, into `peak`.
+inline void move_peaks(const RowGroup& rows, float scale, float* peak, RowFactors& factors) {
+  vf tops[W];
+  for (int i = 0; i < W; ++i) {
+    vf top0 = splat(-kInf), top1 = top0;
+    if (i < rows.count) {
+      const float* row = rows.row(i);
+      int j = rows.first[i];
+      for (; j + 2 * W <= rows.last[i]; j += 2 * W) {
+        top0 = vmax(top0, load(row + j));
+        top1 = vmax(top1, load(row + j + W));
+      }
+      if (j < rows.last[i]) top0 = vmax(top0, load(row + j));
+    }
+    tops[i] = vmax(top0, top1);
   }
+  // A maximum may have lost a NaN, but the sums of weights will not.
+  const vf tile_peak = reduce_each(tops, [](vf a, vf b) { return a > b ? a : b; }) * scale;
+  const vf old_peak = load(peak), new_peak = tile_peak > old_peak ? tile_peak : old_peak;
+  const vi moved = (new_peak > old_peak) & (old_peak > -kInf);
+  store(factors.rescale, moved ? exp_nonpositive(old_peak - new_peak) : splat(1.0f));
+  // Nothing but hidden scores or NaN so far: any finite offset keeps them 0 and NaN.
+  store(factors.offset, new_peak == -kInf ? vf{} : new_peak);
+  store(peak, new_peak);
+
+  const vi large = (tile_peak > kLargeScore) | ((tile_peak < -kLargeScore) & (tile_peak > -kInf));
+  store(factors.scale, large ? splat(1.0f) : splat(scale));
+  if (any(large))
+    for (int i = 0; i < rows.count; ++i)
+      if (factors.scale[i] != scale) round_products(rows.row(i), rows.first[i], rows.last[i], scale);
+}
+
+// Calls take(column, weights) for the vectors of row i; the sum of the weights by lanes.
+template <class Take>
+FASTATTN_ALWAYS vf weigh_row(const RowGroup& rows, int i, const RowFactors& factors, Take take) {
+  const float* row = rows.row(i);
+  const float scale = factors.scale[i], offset = factors.offset[i];
   vf sum0 = {}, sum1 = {};
-  j = begin;
-  for (; j + 2 * W <= end; j += 2 * W) {
+  int j = rows.first[i];
+  for (; j + 2 * W <= rows.last[i]; j += 2 * W) {
     const vf p0 = exp_nonpositive(load(row + j) * scale - offset);
     const vf p1 = exp_nonpositive(load(row + j + W) * scale - offset);
-    store(row + j, p0);
-    store(row + j + W, p1);
+    take(j, p0);
+    take(j + W, p1);
     sum0 += p0;
     sum1 += p1;
   }
-  if (j < end) {
+  if (j < rows.last[i]) {
     const vf p0 = exp_nonpositive(load(row + j) * scale - offset);
-    store(row + j, p0);
+    take(j, p0);
     sum0 += p0;
   }
-  peak = new_peak;
-  sum = sum * *rescale + hsum(sum0 + sum1);
-  return moved;
+  return sum0 + sum1;
 }
 
 // lse of rows in natural units; -inf where nothing was seen. Writes n values, reads whole vectors.

@@ -10,8 +10,6 @@
 
 namespace fastattn::FASTATTN_ISA_NS {
 
-constexpr int kScoreLd = kKeyTile + 16;  // an odd number of cache lines, so that rows do not share L1 sets
-
 // Leading dimension of a row-major operand of n units: whole vectors, and again an odd number of lines.
 FASTATTN_ALWAYS int64_t operand_ld(int64_t n) {
   const int64_t lines = ceil_div(n > W ? round_up(n, W) : W, 16);
@@ -112,9 +110,11 @@ FASTATTN_ALWAYS void mask_row(float* row, int begin, int end, const KeyTile& key
 
 // Rows are zero where they are not visible, so that products may run over any range that covers the visible
 // one.
-FASTATTN_ALWAYS void zero_outside(float* row, int begin, int end, int padded) {
-  for (int j = 0; j < begin / W * W; j += W) store(row + j, vf{});
-  for (int j = (int)round_up(end, W); j < padded; j += W) store(row + j, vf{});
+template <class Cell>
+FASTATTN_ALWAYS void zero_outside(Cell* row, int begin, int end, int padded) {
+  const int first = begin / W * W, last = (int)round_up(end, W);
+  if (first > 0) __builtin_memset(row, 0, (size_t)first * sizeof(Cell));
+  if (last < padded) __builtin_memset(row + last, 0, (size_t)(padded - last) * sizeof(Cell));
 }
 
 // Whether every unit of an operand is finite: x - x is 0 then, and NaN otherwise.

@@ -1,4 +1,4 @@
-// The transpose of a W x W block of 32-bit lanes in registers.
+// The transpose of a W x W block of 32-bit lanes in registers, and reductions of W vectors at once.
 #ifndef FASTATTN_CPU_TRANSPOSE_H
 #define FASTATTN_CPU_TRANSPOSE_H
 
@@ -34,6 +34,16 @@ FASTATTN_ALWAYS void butterfly(vf (&x)[W]) {
     x[i + kStep] = exchange<kStep, false>(a, b);
   }
   if constexpr (kStep > 1) butterfly<kStep / 2>(x);
+}
+
+// Lane i of the result is reduce(x[i], fold), bit for bit.
+template <class Fold, int kStep = W / 2>
+FASTATTN_ALWAYS vf reduce_each(vf (&x)[W], Fold fold) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kStep; ++i)
+    x[i] = fold(exchange<kStep, true>(x[i], x[i + kStep]), exchange<kStep, false>(x[i], x[i + kStep]));
+  if constexpr (kStep > 1) return reduce_each<Fold, kStep / 2>(x, fold);
+  return x[0];
 }
 
 }  // namespace fastattn::FASTATTN_ISA_NS

@@ -103,6 +103,15 @@ FASTATTN_ALWAYS float hmax(vf v) {
   return reduce(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
+// Whether a comparison holds in any lane.
+FASTATTN_ALWAYS bool any(vi mask) {
+#if defined(__AVX512F__) && FASTATTN_VECTOR_BYTES == 64
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#else
+  return hmax(mask != 0 ? splat(1.0f) : vf{}) != 0.0f;
+#endif
+}
+
 // High half of a 32 x 32 bit product, which no instruction set has for all lanes: even and odd lanes apart.
 FASTATTN_ALWAYS vu mulhi(vu a, uint32_t b) {
 #if defined(__AVX512F__) && FASTATTN_VECTOR_BYTES == 64
@@ -171,7 +180,14 @@ FASTATTN_ALWAYS vu16 to_f16(vf x) {
 
 // Two bf16 in each 32-bit lane: the even-indexed element of the sum in the low half.
 FASTATTN_ALWAYS vu pair_bf16(vf even, vf odd) {
+#if defined(__AVX512BF16__) && FASTATTN_VECTOR_BYTES == 64
+  vu order;
+  for (int i = 0; i < W; ++i) order[i] = (uint32_t)(i | (W + i) << 16);
+  const __m512bh halves = _mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+  return (vu)_mm512_permutexvar_epi16((__m512i)order, (__m512i)halves);
+#else
   return __builtin_convertvector(to_bf16(even), vu) | __builtin_convertvector(to_bf16(odd), vu) << 16;
+#endif
 }
 
 }  // namespace fastattn::FASTATTN_ISA_NS

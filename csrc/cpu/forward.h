@@ -210,63 +210,73 @@ struct Forward {
   void weigh(const Sequence& s, int64_t b, const QueryTile& tile, const TileRows& rows, const KeyTile& keys,
              bool in_place, RowState& row_state, float* sum_rows, Stream& stream) {
     const Phase phase(kRows);
-    const auto group =
+    const auto all_rows =
         in_place || E::kPerUnit == 1
-            ? (dropout.active ? &Forward::weigh_group<true, true> : &Forward::weigh_group<true, false>)
-            : (dropout.active ? &Forward::weigh_group<false, true> : &Forward::weigh_group<false, false>);
+            ? (dropout.active ? &Forward::weigh_rows<true, true> : &Forward::weigh_rows<true, false>)
+            : (dropout.active ? &Forward::weigh_rows<false, true> : &Forward::weigh_rows<false, false>);
+    (this->*all_rows)(s, b, tile, rows, keys, row_state, sum_rows, stream);
+  }
+
+  // W rows at a time: their maxima and sums are reduced together, and the next rows are read, for their
+  // maxima, while these are computed.
+  template <bool kInPlace, bool kDropout>
+  void weigh_rows(const Sequence& s, int64_t b, const QueryTile& tile, const TileRows& rows,
+                  const KeyTile& keys, RowState& row_state, float* sum_rows, Stream& stream) {
+    const float scale = has_terms ? 1.0f : p.softmax_scale;
+    int32_t keep[kKeyTile + kDropoutLanes];
+    vf maxima[W], totals[W];
+    for (int i = 0; i < W; ++i) maxima[i] = complete_row(s, b, tile, rows, keys, i, stream);
     for (int i0 = 0; i0 < tile.rows; i0 += W) {
-      for (int i = i0; i < i0 + W && i < tile.rows; ++i) stream.step();
-      (this->*group)(s, b, tile, rows, keys, i0, row_state, sum_rows);
+      RowFactors factors;
+      move_peaks(maxima, scale, row_state.peak + i0, factors);
+      for (int l = 0; l < W; ++l) {
+        const int i = i0 + l, begin = rows.begin[i], end = rows.end[i];
+        maxima[l] = complete_row(s, b, tile, rows, keys, i + W, stream);
+        totals[l] = vf{};
+        if (i >= tile.rows) continue;
+        float* row = scores + i * kScoreLd;
+        typename E::Cell* cells = (typename E::Cell*)(weights + i * kScoreLd);
+        if (begin < end) {
+          const int first = begin / W * W, last = (int)round_up(end, W);
+          if (factors.any_large && factors.scale[l] != scale) round_products(row, first, last, scale);
+          if (kDropout) dropout.row(b, tile.head, tile.i0 + i, keys.begin, end, keep);
+          totals[l] =
+              exponentials(row, first, last, factors.scale[l], factors.offset[l], [&](int c, vf weight) {
+                if constexpr (kDropout) weight = as_float(as_int(weight) & load_as<vi>(keep + c));
+                if constexpr (kInPlace)
+                  store(row + c, weight);
+                else
+                  E::store_cells(cells + c, weight);
+              });
+        }
+        if constexpr (kInPlace)
+          zero_outside(row, begin, end, keys.padded);
+        else
+          zero_outside(cells, begin, end, keys.padded);
+        if (factors.rescale[l] == 1.0f) continue;
+        for (int64_t d = 0; d < p.head_dim_v; d += W) {
+          float* sum = sum_rows + i * columns_ld + d;
+          store(sum, load(sum) * factors.rescale[l]);
+        }
+      }
+      const vf total = reduce_each(totals, [](vf x, vf y) { return x + y; });
+      store(row_state.sum + i0, load(row_state.sum + i0) * load(factors.rescale) + total);
     }
   }
 
-  template <bool kInPlace, bool kDropout>
-  void weigh_group(const Sequence& s, int64_t b, const QueryTile& tile, const TileRows& rows,
-                   const KeyTile& keys, int i0, RowState& row_state, float* sum_rows) {
-    RowGroup group;
-    group.scores = scores + i0 * kScoreLd;
-    group.count = tile.rows - i0 < W ? tile.rows - i0 : W;
-    for (int i = 0; i < group.count; ++i) {
-      const int begin = rows.begin[i0 + i], end = rows.end[i0 + i];
-      const bool empty = begin >= end;
-      group.first[i] = empty ? 0 : begin / W * W;
-      group.last[i] = empty ? 0 : (int)round_up(end, W);
-      if (empty) continue;
-      if (has_terms)
-        finish_scores(p, s, b, tile.head, tile.i0 + i0 + i, keys.begin + group.first[i], end - group.first[i],
-                      group.row(i) + group.first[i], nullptr);
-      mask_row(group.row(i), begin, end, keys, -kInf);
-    }
-    RowFactors factors;
-    move_peaks(group, has_terms ? 1.0f : p.softmax_scale, row_state.peak + i0, factors);
-
-    vf totals[W];
-    int32_t keep[kKeyTile + kDropoutLanes];
-    for (int i = 0; i < W; ++i) {
-      totals[i] = vf{};
-      if (i >= group.count) continue;
-      const int begin = rows.begin[i0 + i], end = rows.end[i0 + i];
-      if (kDropout && begin < end) dropout.row(b, tile.head, tile.i0 + i0 + i, keys.begin, end, keep);
-      typename E::Cell* cells = (typename E::Cell*)(weights + (i0 + i) * kScoreLd);
-      totals[i] = weigh_row(group, i, factors, [&](int c, vf weight) {
-        if constexpr (kDropout) weight = as_float(as_int(weight) & load_as<vi>(keep + c));
-        if constexpr (kInPlace)
-          store(group.row(i) + c, weight);
-        else
-          E::store_cells(cells + c, weight);
-      });
-      if constexpr (kInPlace)
-        zero_outside(group.row(i), group.first[i], group.last[i], keys.padded);
-      else
-        zero_outside(cells, group.first[i], group.last[i], keys.padded);
-      if (factors.rescale[i] != 1.0f)
-        for (int64_t d = 0; d < p.head_dim_v; d += W) {
-          float* sum = sum_rows + (i0 + i) * columns_ld + d;
-          store(sum, load(sum) * factors.rescale[i]);
-        }
-    }
-    const vf total = reduce_each(totals, [](vf a, vf c) { return a + c; });
-    store(row_state.sum + i0, load(row_state.sum + i0) * load(factors.rescale) + total);
+  // The scores of row i with all their terms and masks; their maxima by lanes.
+  FASTATTN_ALWAYS_MEMBER vf complete_row(const Sequence& s, int64_t b, const QueryTile& tile,
+                                         const TileRows& rows, const KeyTile& keys, int i, Stream& stream) {
+    if (i >= tile.rows) return splat(-kInf);
+    stream.step();
+    const int begin = rows.begin[i], end = rows.end[i];
+    if (begin >= end) return splat(-kInf);
+    float* row = scores + i * kScoreLd;
+    const int first = begin / W * W, last = (int)round_up(end, W);
+    if (has_terms)
+      finish_scores(p, s, b, tile.head, tile.i0 + i, keys.begin + first, end - first, row + first, nullptr);
+    mask_row(row, begin, end, keys, -kInf);
+    return row_maxima(row, first, last);
   }
 
   void add_values(const TileRows& rows, const KeyTile& keys, bool careful, bool accumulate, float* sum_rows) {

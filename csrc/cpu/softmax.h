@@ -28,62 +28,46 @@ struct RowState {
   }
 };
 
-// Up to W rows of a score tile. Their maxima and sums are reduced together, which takes a third of the
-// instructions and waits for their latency once.
-struct RowGroup {
-  float* scores;
-  int count;
-  int first[W], last[W];  // the whole vectors of a row that hold what it sees, the rest of them -inf
-
-  float* row(int i) const { return scores + i * kScoreLd; }
-};
-
-// Of each row: what its scores are multiplied with and what is subtracted then, and the factor that brings
-// earlier sums to the new maximum.
-struct RowFactors {
-  float scale[W], offset[W], rescale[W];
-};
-
-// Takes the maxima of these rows, scores times `scale`, into `peak`.
-inline void move_peaks(const RowGroup& rows, float scale, float* peak, RowFactors& factors) {
-  vf tops[W];
-  for (int i = 0; i < W; ++i) {
-    vf top0 = splat(-kInf), top1 = top0;
-    if (i < rows.count) {
-      const float* row = rows.row(i);
-      int j = rows.first[i];
-      for (; j + 2 * W <= rows.last[i]; j += 2 * W) {
-        top0 = vmax(top0, load(row + j));
-        top1 = vmax(top1, load(row + j + W));
-      }
-      if (j < rows.last[i]) top0 = vmax(top0, load(row + j));
-    }
-    tops[i] = vmax(top0, top1);
+// The largest of scores row[begin..end) (whole vectors) by lanes.
+FASTATTN_ALWAYS vf row_maxima(const float* row, int begin, int end) {
+  vf top0 = splat(-kInf), top1 = top0;
+  int j = begin;
+  for (; j + 2 * W <= end; j += 2 * W) {
+    top0 = vmax(top0, load(row + j));
+    top1 = vmax(top1, load(row + j + W));
   }
-  // A maximum may have lost a NaN, but the sums of weights will not.
-  const vf tile_peak = reduce_each(tops, [](vf a, vf b) { return a > b ? a : b; }) * scale;
-  const vf old_peak = load(peak), new_peak = tile_peak > old_peak ? tile_peak : old_peak;
-  const vi moved = (new_peak > old_peak) & (old_peak > -kInf);
-  store(factors.rescale, moved ? exp_nonpositive(old_peak - new_peak) : splat(1.0f));
-  // Nothing but hidden scores or NaN so far: any finite offset keeps them 0 and NaN.
-  store(factors.offset, new_peak == -kInf ? vf{} : new_peak);
-  store(peak, new_peak);
-
-  const vi large = (tile_peak > kLargeScore) | ((tile_peak < -kLargeScore) & (tile_peak > -kInf));
-  store(factors.scale, large ? splat(1.0f) : splat(scale));
-  if (any(large))
-    for (int i = 0; i < rows.count; ++i)
-      if (factors.scale[i] != scale) round_products(rows.row(i), rows.first[i], rows.last[i], scale);
+  if (j < end) top0 = vmax(top0, load(row + j));
+  return vmax(top0, top1);
 }
 
-// Calls take(column, weights) for the vectors of row i; the sum of the weights by lanes.
+// Of W rows: what their scores are multiplied with and what is subtracted then, and the factor that brings
+// earlier sums to the new maxima.
+struct RowFactors {
+  float scale[W], offset[W], rescale[W];
+  bool any_large;  // some rows have scale 1 because their products are to be rounded first
+};
+
+// Takes the maxima of W rows, before their multiplication with `scale`, into `peak`.
+FASTATTN_ALWAYS void move_peaks(vf (&maxima)[W], float scale, float* peak, RowFactors& factors) {
+  // A maximum may have lost a NaN, but the sum of weights will not.
+  const vf tile_peak = reduce_each(maxima, [](vf a, vf b) { return a > b ? a : b; }) * scale;
+  const vf old_peak = load(peak), new_peak = tile_peak > old_peak ? tile_peak : old_peak;
+  const vi moved = (new_peak > old_peak) & (old_peak > -kInf);
+  const vi large = (tile_peak > kLargeScore) | ((tile_peak < -kLargeScore) & (tile_peak > -kInf));
+  factors.any_large = any(large);
+  store(factors.scale, large ? splat(1.0f) : splat(scale));
+  store(factors.rescale, moved ? exp_nonpositive(old_peak - new_peak) : splat(1.0f));
+  // Nothing but hidden scores and NaN so far: any finite offset makes 0 of the former and keeps the latter.
+  store(factors.offset, new_peak == -kInf ? vf{} : new_peak);
+  store(peak, new_peak);
+}
+
+// Calls take(column, weights) for each vector of row[begin..end); the sums of the weights by lanes.
 template <class Take>
-FASTATTN_ALWAYS vf weigh_row(const RowGroup& rows, int i, const RowFactors& factors, Take take) {
-  const float* row = rows.row(i);
-  const float scale = factors.scale[i], offset = factors.offset[i];
+FASTATTN_ALWAYS vf exponentials(const float* row, int begin, int end, float scale, float offset, Take take) {
   vf sum0 = {}, sum1 = {};
-  int j = rows.first[i];
-  for (; j + 2 * W <= rows.last[i]; j += 2 * W) {
+  int j = begin;
+  for (; j + 2 * W <= end; j += 2 * W) {
     const vf p0 = exp_nonpositive(load(row + j) * scale - offset);
     const vf p1 = exp_nonpositive(load(row + j + W) * scale - offset);
     take(j, p0);
@@ -91,7 +75,7 @@ FASTATTN_ALWAYS vf weigh_row(const RowGroup& rows, int i, const RowFactors& fact
     sum0 += p0;
     sum1 += p1;
   }
-  if (j < rows.last[i]) {
+  if (j < end) {
     const vf p0 = exp_nonpositive(load(row + j) * scale - offset);
     take(j, p0);
     sum0 += p0;

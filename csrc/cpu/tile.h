@@ -112,9 +112,9 @@ FASTATTN_ALWAYS void mask_row(float* row, int begin, int end, const KeyTile& key
 // one.
 template <class Cell>
 FASTATTN_ALWAYS void zero_outside(Cell* row, int begin, int end, int padded) {
-  const int first = begin / W * W, last = (int)round_up(end, W);
-  if (first > 0) __builtin_memset(row, 0, (size_t)first * sizeof(Cell));
-  if (last < padded) __builtin_memset(row + last, 0, (size_t)(padded - last) * sizeof(Cell));
+  if (begin >= end) begin = end = 0;
+  for (int j = 0; j < begin / W * W; j += W) __builtin_memset(row + j, 0, W * sizeof(Cell));
+  for (int j = (int)round_up(end, W); j < padded; j += W) __builtin_memset(row + j, 0, W * sizeof(Cell));
 }
 
 // Whether every unit of an operand is finite: x - x is 0 then, and NaN otherwise.

@@ -171,13 +171,19 @@ struct Backward {
     const float* dlse =
         io.dlse == nullptr ? nullptr : scalar_of(p, io.dlse, io.dlse_stride_b, io.dlse_stride_h, b, h, row0);
     const Storage* out = want_ds ? row_of<const Storage>(p, io.out, b, h, row0) : nullptr;
+    for (int i0 = 0; i0 < tile.rows; i0 += W) {
+      vf dots[W];
+      for (int l = 0; l < W; ++l) {
+        const int i = i0 + l;
+        const bool wanted = want_ds && i < tile.rows && lse[i] != -kInf;
+        dots[l] = wanted ? row_dot(out + i * io.out.stride_n, dout + i * io.dout.stride_n) : vf{};
+      }
+      store(q.delta + i0, reduce_each(dots, [](vf x, vf y) { return x + y; }));
+    }
     for (int i = 0; i < tile.rows; ++i) {
       const bool nothing_seen = lse[i] == -kInf;
       q.lse[i] = nothing_seen ? kInf : lse[i];
-      q.delta[i] = 0.0f;
-      if (!want_ds || nothing_seen) continue;
-      q.delta[i] = row_dot(out + i * io.out.stride_n, dout + i * io.dout.stride_n) -
-                   (dlse == nullptr ? 0.0f : dlse[i]);
+      if (dlse != nullptr && !nothing_seen) q.delta[i] -= dlse[i];
     }
   }
 
@@ -201,13 +207,14 @@ struct Backward {
     stream.add(row_of<const Storage>(p, p.v, b, kv_head, row0), p.v.stride_n, count, p.head_dim_v);
   }
 
-  float row_dot(const Storage* a, const Storage* b) const {
+  // out . dout of a row, by lanes.
+  vf row_dot(const Storage* a, const Storage* b) const {
     vf sum = {};
     int64_t d = 0;
     for (; d + W <= p.head_dim_v; d += W) sum += T::load(a + d) * T::load(b + d);
     if (d < p.head_dim_v)
       sum += load_tail<T>(a + d, p.head_dim_v - d) * load_tail<T>(b + d, p.head_dim_v - d);
-    return hsum(sum);
+    return sum;
   }
 
   // scores = q k^T of a tile.

@@ -26,7 +26,7 @@ struct KeyPass : Backward<T, E> {
   const int64_t diagonals_ld;     // a unit's sums, of one head of the group
   float *dk, *dv, *dq, *own_dq_sums, *diagonals;
 
-  const bool dk_in_place, dv_in_place, dq_in_place;
+  const bool dk_in_place, dv_in_place;
 
   explicit KeyPass(const Work& work)
       : Base(work, work.backward->dk.data != nullptr || work.backward->dq.data != nullptr,
@@ -39,8 +39,7 @@ struct KeyPass : Backward<T, E> {
         diagonal_turns(work.diagonal_turns),
         diagonals_ld(diagonal_turns == nullptr ? 0 : p.seqlen_q + work.diagonal_keys),
         dk_in_place(kFloat && p.head_dim % W == 0),
-        dv_in_place(kFloat && p.head_dim_v % W == 0 && !this->dropout.active),
-        dq_in_place(kFloat && p.head_dim % W == 0) {}
+        dv_in_place(kFloat && p.head_dim_v % W == 0 && !this->dropout.active) {}
 
   void lay_out(Arena& arena) {
     Base::lay_out(arena);
@@ -122,34 +121,34 @@ struct KeyPass : Backward<T, E> {
   }
 
   // dq of a query tile from this key tile. Key tile 0 writes it, the others add to it, each after the one
-  // before; a dq narrower than fp32 is summed beside it and written by the last.
+  // before. A dq narrower than fp32 is summed elsewhere, and written by the last.
   void add_dq(const Sequence& s, int64_t b, int64_t kv_head, const QueryTile& tile, int64_t t, int64_t index,
               const TileRows* rows, const KeyTile& keys, bool careful) {
-    if (rows != nullptr && !dq_in_place)
-      this->add_to_queries(*rows, keys, careful, false, dq, this->columns_ld);
-    int32_t* turn = turns == nullptr ? nullptr : turns + turn_base(b, kv_head) + t;
-    if (turn != nullptr) wait_for_turn(turn, index);
     Storage* target = row_of<Storage>(p, io.dq, b, tile.head, s.q0 + tile.i0);
     const bool first = index == 0, last = (index + 1) * kKeyTile >= s.nk;
-    if (dq_in_place && rows != nullptr) {
-      this->add_to_queries(*rows, keys, careful, !first, (float*)target, io.dq.stride_n);
-    } else if (first && (last || kFloat)) {
-      for (int i = 0; i < tile.rows; ++i) {
-        Storage* row = target + i * io.dq.stride_n;
-        if (rows != nullptr)
-          store_row<T>(dq + i * this->columns_ld, 1.0f, p.head_dim, row);
-        else
-          __builtin_memset(row, 0, (size_t)p.head_dim * sizeof(Storage));
-      }
-    } else {
-      const int64_t ld = kFloat ? io.dq.stride_n : p.head_dim;
-      float* sums = kFloat ? (float*)target : dq_sums(s, b, tile);
-      for (int i = 0; i < tile.rows; ++i, sums += ld) {
+    // This tile's share alone, in `dq`, where the sums are not whole vectors or there is nothing to add it
+    // to.
+    const bool apart = p.head_dim % W != 0 || (first && last && !kFloat);
+    if (rows != nullptr && apart) this->add_to_queries(*rows, keys, careful, false, dq, this->columns_ld);
+    int32_t* turn = turns == nullptr ? nullptr : turns + turn_base(b, kv_head) + t;
+    if (turn != nullptr) wait_for_turn(turn, index);
+    float* sums = dq;
+    int64_t ld = this->columns_ld;
+    if (kFloat)
+      sums = (float*)target, ld = io.dq.stride_n;
+    else if (!first || !last)
+      sums = dq_sums(s, b, tile), ld = p.head_dim;
+    if (rows != nullptr && !apart) {
+      this->add_to_queries(*rows, keys, careful, !first, sums, ld);
+    } else if (rows == nullptr || sums != dq) {
+      for (int i = 0; i < tile.rows; ++i)
         for (int64_t d = 0; d < p.head_dim; ++d)
-          sums[d] = (first ? 0.0f : sums[d]) + (rows == nullptr ? 0.0f : dq[i * this->columns_ld + d]);
-        if (!kFloat && last) store_row<T>(sums, 1.0f, p.head_dim, target + i * io.dq.stride_n);
-      }
+          sums[i * ld + d] =
+              (first ? 0.0f : sums[i * ld + d]) + (rows == nullptr ? 0.0f : dq[i * this->columns_ld + d]);
     }
+    if (!kFloat && last)
+      for (int i = 0; i < tile.rows; ++i)
+        store_row<T>(sums + i * ld, 1.0f, p.head_dim, target + i * io.dq.stride_n);
     if (turn != nullptr) __atomic_store_n(turn, (int32_t)index + 1, __ATOMIC_RELEASE);
   }
 

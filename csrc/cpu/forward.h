@@ -230,10 +230,11 @@ struct Forward {
       RowFactors factors;
       move_peaks(maxima, scale, row_state.peak + i0, factors);
       for (int l = 0; l < W; ++l) {
-        const int i = i0 + l, begin = rows.begin[i], end = rows.end[i];
+        const int i = i0 + l;
         maxima[l] = complete_row(s, b, tile, rows, keys, i + W, stream);
         totals[l] = vf{};
         if (i >= tile.rows) continue;
+        const int begin = rows.begin[i], end = rows.end[i];
         float* row = scores + i * kScoreLd;
         typename E::Cell* cells = (typename E::Cell*)(weights + i * kScoreLd);
         if (begin < end) {

@@ -39,7 +39,13 @@ typedef enum {
   FASTATTN_DEVICE_ERROR = 4      /* the CUDA driver or runtime refused */
 } fastattn_status;
 
-typedef enum { FASTATTN_F32 = 0, FASTATTN_F16 = 1, FASTATTN_BF16 = 2 } fastattn_dtype;
+typedef enum {
+  FASTATTN_F32 = 0,
+  FASTATTN_F16 = 1,
+  FASTATTN_BF16 = 2,
+  /* As dtype of a problem for the CPU: fp32 tensors whose products of matrices may be taken in bf16. */
+  FASTATTN_F32_BF16_PRODUCTS = 3
+} fastattn_dtype;
 
 /* (batch, head, row, column): what each index adds to data, in elements. 0 broadcasts (inputs only,
  * and the gradient of a bias, which is summed over the axes it is broadcast on). */

@@ -159,13 +159,18 @@ def upstream_of(case: Case, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def check(case: Case, backend: str = "cpu", floor: float = 4.0) -> dict[str, Tensor]:
-    """Hold every result of `backend` to the rule; returns the results, for more to be asked of them."""
+def check(
+    case: Case, backend: str = "cpu", floor: float = 4.0, given_as: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Hold every result of `backend` to the rule; returns the results, for more to be asked of them.
+
+    given_as: a wider dtype that `backend` gets the case's tensors in, and still is held to the case's own.
+    """
     tensors = case.tensors()
     upstream = upstream_of(case, tensors)
     exact = run(case, tensors, upstream, backend="reference", dtype=torch.float64)
     plain = run(case, tensors, upstream, backend="reference", compute_dtype=case.dtype)
-    ours = run(case, tensors, upstream, backend=backend)
+    ours = run(case, tensors, upstream, backend=backend, dtype=given_as)
     assert ours.keys() == exact.keys()
     magnitudes = _magnitudes(case, tensors, upstream)
     for name, result in ours.items():

@@ -99,7 +99,8 @@ fastattn_status run(const fastattn_executor* executor, Worker worker, Work work,
   return FASTATTN_OK;
 }
 
-size_t element_size(int32_t dtype) { return dtype == FASTATTN_F32 ? 4 : 2; }
+bool is_fp32(int32_t dtype) { return dtype == FASTATTN_F32 || dtype == FASTATTN_F32_BF16_PRODUCTS; }
+size_t element_size(int32_t dtype) { return is_fp32(dtype) ? 4 : 2; }
 
 // Packed rows that belong to no sequence hold zeros.
 void zero_rows(const fastattn_tensor& t, int64_t heads, int64_t begin, int64_t end, int64_t n, size_t size) {
@@ -130,7 +131,7 @@ KeyPlan plan_key_pass(const fastattn_problem& p, bool want_dq, int64_t longest) 
   constexpr int64_t kMostSums = INT64_C(3) << 20 >> 2;  // 3 MiB of floats for each thread, or 6 for all
   const int64_t heads = p.batch * p.num_kv_heads;
   KeyPlan plan = {heads < kEnoughUnits && longest > 1, false, 0, 0};
-  if (!want_dq || p.dtype == FASTATTN_F32 || longest <= 1) return plan;
+  if (!want_dq || is_fp32(p.dtype) || longest <= 1) return plan;
   const int64_t rows = p.cu_seqlens_q != nullptr ? p.total_q : p.batch * p.seqlen_q;
   const int64_t shared = rows * p.num_heads * p.head_dim;
   const int64_t own = p.seqlen_q * (p.num_heads / p.num_kv_heads) * p.head_dim;

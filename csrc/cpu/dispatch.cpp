@@ -84,13 +84,14 @@ bool has_f16c() {  // not a name that every compiler's __builtin_cpu_supports kn
 }
 #endif
 
-// Kernels that compute bf16 alone, completed by those of the instruction set below.
+// Kernels that have bf16 products alone, completed by those of the instruction set below.
 [[maybe_unused]] Kernels bf16_over(const Kernels& below, const Kernels& bf16) {
   Kernels table = below;
   table.name = bf16.name;
   for (auto member : {&Kernels::forward, &Kernels::forward_merge, &Kernels::backward_kv, &Kernels::backward_q,
                       &Kernels::backward_bias, &Kernels::backward_relative})
-    (table.*member)[FASTATTN_BF16] = (bf16.*member)[FASTATTN_BF16];
+    for (auto dtype : {FASTATTN_BF16, FASTATTN_F32_BF16_PRODUCTS})
+      (table.*member)[dtype] = (bf16.*member)[dtype];
   return table;
 }
 #if defined(FASTATTN_HAVE_EMULATED512_AMX)

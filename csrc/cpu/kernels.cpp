@@ -51,22 +51,24 @@ extern const Kernels kernels;
 
 #if defined(FASTATTN_AMX)
 
-#define FASTATTN_BF16_ALONE(Pass) {nullptr, nullptr, run_units<Pass, BF16, ForBF16>}
+#define FASTATTN_BF16_PRODUCTS(Pass) \
+  {nullptr, nullptr, run_units<Pass, BF16, ForBF16>, run_units<Pass, F32, ForBF16>}
 
 const Kernels kernels = {FASTATTN_ISA_NAME,
-                         FASTATTN_BF16_ALONE(Forward),
-                         FASTATTN_BF16_ALONE(MergePass),
-                         FASTATTN_BF16_ALONE(KeyPass),
-                         FASTATTN_BF16_ALONE(QueryPass),
-                         FASTATTN_BF16_ALONE(BiasPass),
-                         FASTATTN_BF16_ALONE(RelativePass),
+                         FASTATTN_BF16_PRODUCTS(Forward),
+                         FASTATTN_BF16_PRODUCTS(MergePass),
+                         FASTATTN_BF16_PRODUCTS(KeyPass),
+                         FASTATTN_BF16_PRODUCTS(QueryPass),
+                         FASTATTN_BF16_PRODUCTS(BiasPass),
+                         FASTATTN_BF16_PRODUCTS(RelativePass),
                          {nullptr, nullptr, nullptr},
                          nullptr};
 
 #else
 
-#define FASTATTN_BY_DTYPE(Pass) \
-  {run_units<Pass, F32, Single>, run_units<Pass, F16, Single>, run_units<Pass, BF16, ForBF16>}
+#define FASTATTN_BY_DTYPE(Pass)                                                                \
+  {run_units<Pass, F32, Single>, run_units<Pass, F16, Single>, run_units<Pass, BF16, ForBF16>, \
+   run_units<Pass, F32, ForBF16>}
 
 const Kernels kernels = {FASTATTN_ISA_NAME,
                          FASTATTN_BY_DTYPE(Forward),

@@ -45,12 +45,12 @@ typedef void (*Worker)(Work* work);
 
 struct Kernels {
   const char* name;
-  Worker forward[3];        // by fastattn_dtype
-  Worker forward_merge[3];  // split keys joined, after forward
-  Worker backward_kv[3];    // dk, dv and, where it is wanted too, dq
-  Worker backward_q[3];     // dq alone
-  Worker backward_bias[3];
-  Worker backward_relative[3];
+  Worker forward[4];        // by fastattn_dtype
+  Worker forward_merge[4];  // split keys joined, after forward
+  Worker backward_kv[4];    // dk, dv and, where it is wanted too, dq
+  Worker backward_q[4];     // dq alone
+  Worker backward_bias[4];
+  Worker backward_relative[4];
   Worker hidden_dropout[3];
   void (*dropout_mask)(uint64_t seed, float p, int64_t b, int64_t h, int64_t i, int64_t nk, uint8_t* keep);
 };

@@ -97,39 +97,49 @@ struct Packer<T, Single> {
 };
 
 #if defined(FASTATTN_BF16_DOT)
-template <>
-struct Packer<BF16, Pair> {
-  static void rows(const uint16_t* source, int64_t stride, int64_t count, int64_t n, const int32_t* keep,
+// Narrower elements as they are, fp32 rounded.
+template <class T>
+struct Packer<T, Pair> {
+  typedef typename T::Storage Storage;
+  static void rows(const Storage* source, int64_t stride, int64_t count, int64_t n, const int32_t* keep,
                    uint32_t* units, int64_t ld, int64_t padded) {
     for (int64_t i = 0; i < count; ++i) {
       const bool wanted = keep == nullptr || keep[i] != 0;
       uint16_t* row = (uint16_t*)(units + i * ld);
       const int64_t used = wanted ? n : 0;
-      __builtin_memcpy(row, source + i * stride, (size_t)used * 2);
+      copy_row(source + i * stride, used, row);
       __builtin_memset(row + used, 0, (size_t)(padded * 2 - used) * 2);
     }
   }
-  static void interleave(const uint16_t* source, int64_t stride, int64_t count, int64_t n,
-                         const int32_t* keep, uint32_t* units, int64_t ld, int64_t padded) {
+  static void interleave(const Storage* source, int64_t stride, int64_t count, int64_t n, const int32_t* keep,
+                         uint32_t* units, int64_t ld, int64_t padded) {
     for (int64_t i = 0; i < count; i += 2) {
-      const uint16_t* even = source + i * stride;
-      const uint16_t* odd = even + stride;
+      const Storage* even = source + i * stride;
+      const Storage* odd = even + stride;
       const bool want_even = keep == nullptr || keep[i] != 0;
       const bool want_odd = i + 1 < count && (keep == nullptr || keep[i + 1] != 0);
       uint32_t* row = units + i / 2 * ld;
       for (int64_t d = 0; d < padded; d += W) {
         const int64_t left = n - d;
-        row_pair(want_even ? lanes(even, d, left) : vu{}, want_odd ? lanes(odd, d, left) : vu{}, row + d);
+        store(row + d, join(lanes(even, d, want_even ? left : 0), lanes(odd, d, want_odd ? left : 0)));
       }
     }
   }
 
  private:
+  static void copy_row(const uint16_t* from, int64_t n, uint16_t* to) {
+    __builtin_memcpy(to, from, (size_t)n * 2);
+  }
+  static void copy_row(const float* from, int64_t n, uint16_t* to) { store_row<BF16>(from, 1.0f, n, to); }
+  FASTATTN_ALWAYS vf lanes(const float* row, int64_t d, int64_t left) {
+    return left >= W ? load(row + d) : left > 0 ? load_tail<F32>(row + d, left) : vf{};
+  }
   FASTATTN_ALWAYS vu lanes(const uint16_t* row, int64_t d, int64_t left) {
     if (left >= W) return __builtin_convertvector(load_as<vu16>(row + d), vu);
     return left > 0 ? as_uint(load_tail<BF16>(row + d, left)) >> 16 : vu{};
   }
-  FASTATTN_ALWAYS void row_pair(vu even, vu odd, uint32_t* out) { store(out, even | odd << 16); }
+  FASTATTN_ALWAYS vu join(vf even, vf odd) { return pair_bf16(even, odd); }
+  FASTATTN_ALWAYS vu join(vu even, vu odd) { return even | odd << 16; }
 };
 #endif
 
@@ -180,13 +190,13 @@ struct Panels<T, Single> {
 };
 
 #if defined(FASTATTN_BF16_DOT)
-template <>
-struct Panels<BF16, Pair> {
+template <class T>
+struct Panels<T, Pair> {
   // By way of `staging`, zero-padded rows of pairs.
-  static void pack(const uint16_t* source, int64_t stride, int64_t count, int64_t n, const int32_t* keep,
-                   uint32_t* panels, uint32_t* staging) {
+  static void pack(const typename T::Storage* source, int64_t stride, int64_t count, int64_t n,
+                   const int32_t* keep, uint32_t* panels, uint32_t* staging) {
     const int64_t depth = (n + 1) / 2, padded = (depth + W - 1) / W * W;
-    Packer<BF16, Pair>::rows(source, stride, count, n, keep, staging, padded, padded);
+    Packer<T, Pair>::rows(source, stride, count, n, keep, staging, padded, padded);
     for (int64_t r = 0; r < count; r += W) {
       uint32_t* panel = panels + r / kNR * depth * kNR + r % kNR;
       for (int64_t d = 0; d < depth; d += W)

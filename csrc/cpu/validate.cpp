@@ -102,8 +102,8 @@ fastattn_status validate_problem(const fastattn_problem* p) {
   REQUIRE(p != nullptr, "problem is a null pointer.");
   REQUIRE(p->struct_size == sizeof(fastattn_problem),
           "problem.struct_size is %u; this library's problem has %zu bytes.", p->struct_size, sizeof(*p));
-  REQUIRE(p->dtype >= FASTATTN_F32 && p->dtype <= FASTATTN_BF16, "dtype is %d; it must be 0, 1 or 2.",
-          p->dtype);
+  REQUIRE(p->dtype >= FASTATTN_F32 && p->dtype <= FASTATTN_F32_BF16_PRODUCTS,
+          "dtype is %d; it must be 0, 1, 2 or 3.", p->dtype);
   REQUIRE(p->batch >= 0 && p->batch < kMostRows, "batch is %lld; it must be in 0..2^31-1.",
           (long long)p->batch);
   REQUIRE(p->num_heads >= 1 && p->num_heads < kMostRows, "num_heads is %lld; it must be positive.",

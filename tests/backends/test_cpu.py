@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import oracle
 import pytest
 import torch
 
@@ -60,6 +61,50 @@ def test_every_instruction_set_of_this_machine(isa):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture
+def medium_precision():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+_BF16_ISAS = [isa for isa in _isas() if isa.endswith("bf16")]
+
+
+@pytest.mark.skipif(not _BF16_ISAS, reason="no instruction set of this machine multiplies bfloat16")
+@pytest.mark.parametrize("isa", _BF16_ISAS)
+def test_medium_precision_takes_fp32_products_in_bfloat16(cpu, monkeypatch, medium_precision, isa):
+    """fp32 tensors are held to the rule of bfloat16, and q, k and v count as rounded to it, bit for bit."""
+    monkeypatch.setenv("FASTATTN_CPU_ISA", isa)
+    for case in (
+        oracle.Case(dtype=torch.bfloat16, lengths=((35, 70),), head_dim=40, head_dim_v=24),
+        oracle.Case(dtype=torch.bfloat16, lengths=((300, 300),), head_dim=64, options={"causal": True}),
+        oracle.Case(
+            dtype=torch.bfloat16,
+            lengths=((33, 0), (70, 129), (1, 40)),
+            packed=True,
+            group=2,
+            head_dim=65,
+            head_dim_v=65,
+            relative_bias=True,
+            options={"dropout_p": 0.3, "seed": 5, "softcap": 5.0},
+            wanted=("q", "k", "v", "relative_bias"),
+        ),
+        oracle.Case(dtype=torch.bfloat16, lengths=((40, 90),) * 2, mask=0.4, wanted=("q",), layout="sliced"),
+    ):
+        oracle.check(case, given_as=torch.float32)
+    q, k, v = (torch.randn(2, 3, 70, 40) for _ in range(3))
+    out = fastattn.attention(q, k, v, backend="cpu")
+    rounded = (x.bfloat16().float() for x in (q, k, v))
+    assert torch.equal(out, fastattn.attention(*rounded, backend="cpu"))
+    torch.set_float32_matmul_precision("high")
+    full = fastattn.attention(q, k, v, backend="cpu")
+    assert not torch.equal(out, full)
+    torch.set_float32_matmul_precision("highest")
+    assert torch.equal(full, fastattn.attention(q, k, v, backend="cpu"))
 
 
 def test_it_keeps_the_protocol(cpu):

@@ -27,7 +27,7 @@ class CpuBackend:
         self._library: ctypes.CDLL | None = None
         self._unavailable: str | None = None
         self._parallel_for = 0
-        self._fixed_parts: dict[AttentionProblem, bytes] = {}
+        self._fixed_parts: dict[bool, dict[AttentionProblem, bytes]] = {False: {}, True: {}}
         self._executors: dict[int, bytes] = {}
 
     def status(self) -> str | None:
@@ -49,7 +49,10 @@ class CpuBackend:
         return None
 
     def kernel(self, problem: AttentionProblem) -> str:
-        return self.isa()
+        isa = self.isa()
+        if _bf16_products(problem) and isa.endswith("bf16"):
+            return f"{isa}, with products in bfloat16 as float32_matmul_precision 'medium' allows"
+        return isa
 
     def isa(self) -> str:
         """The instruction set in use."""
@@ -101,12 +104,14 @@ class CpuBackend:
         return keep.bool()
 
     def _problem(self, problem: AttentionProblem, inputs: AttentionInputs) -> bytes:
-        fixed = self._fixed_parts.get(problem)
+        bf16_products = _bf16_products(problem)
+        fixed_parts = self._fixed_parts[bf16_products]
+        fixed = fixed_parts.get(problem)
         if fixed is None:
-            fixed = abi.fixed_part(problem)
-            if len(self._fixed_parts) >= _CACHE_SIZE:
-                self._fixed_parts.clear()
-            self._fixed_parts[problem] = fixed
+            fixed = abi.fixed_part(problem, bf16_products)
+            if len(fixed_parts) >= _CACHE_SIZE:
+                fixed_parts.clear()
+            fixed_parts[problem] = fixed
         return abi.problem_struct(fixed, problem, inputs)
 
     def _executor(self) -> bytes:
@@ -127,6 +132,11 @@ class CpuBackend:
         if status == abi.STATUS_OUT_OF_MEMORY:
             raise MemoryError(message)
         raise FastattnError(f"the CPU library failed with status {status}: {message}")
+
+
+def _bf16_products(problem: AttentionProblem) -> bool:
+    """Whether torch's setting, which its linears heed too, allows bfloat16 products of fp32 matrices."""
+    return problem.dtype is torch.float32 and torch.get_float32_matmul_precision() == "medium"
 
 
 backend = CpuBackend()

@@ -130,7 +130,11 @@ struct Packer<T, Pair> {
   static void copy_row(const uint16_t* from, int64_t n, uint16_t* to) {
     __builtin_memcpy(to, from, (size_t)n * 2);
   }
-  static void copy_row(const float* from, int64_t n, uint16_t* to) { store_row<BF16>(from, 1.0f, n, to); }
+  static void copy_row(const float* from, int64_t n, uint16_t* to) {
+    int64_t d = 0;
+    for (; d + W <= n; d += W) BF16::store_to(to + d, load(from + d));
+    if (d < n) store_tail<BF16>(to + d, load_tail<F32>(from + d, n - d), n - d);
+  }
   FASTATTN_ALWAYS vf lanes(const float* row, int64_t d, int64_t left) {
     return left >= W ? load(row + d) : left > 0 ? load_tail<F32>(row + d, left) : vf{};
   }

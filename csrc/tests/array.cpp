@@ -34,7 +34,7 @@ uint16_t float_to_bfloat(float value) {
 }
 
 double Array::get_flat(int64_t index) const {
-  if (dtype_ == FASTATTN_F32) {
+  if (is_fp32(dtype_)) {
     float value;
     memcpy(&value, data() + index * 4, 4);
     return value;
@@ -51,9 +51,12 @@ std::vector<double> Array::values() const {
 }
 
 void Array::set(int64_t a, int64_t b, int64_t c, int64_t d, double value) {
-  const float rounded = static_cast<float>(value);
+  float rounded = static_cast<float>(value);
+  // Representable, so that the reference computes with what the kernels read.
+  if (dtype_ == FASTATTN_F32_BF16_PRODUCTS)
+    rounded = bits_to_float(static_cast<uint32_t>(float_to_bfloat(rounded)) << 16);
   const int64_t index = offset(a, b, c, d);
-  if (dtype_ == FASTATTN_F32) {
+  if (is_fp32(dtype_)) {
     memcpy(data() + index * 4, &rounded, 4);
     return;
   }

@@ -35,7 +35,7 @@ fastattn_bias bias_of(const Array& array, bool wanted = true) {
 }  // namespace
 
 std::string Case::describe() const {
-  static const char* const kDtypes[] = {"f32", "f16", "bf16"};
+  static const char* const kDtypes[] = {"f32", "f16", "bf16", "f32 in bf16"};
   static const char* const kLayouts[] = {"contiguous", "rows first", "gaps"};
   static const char* const kMasks[] = {"none", "right", "left", "holes", "empty row"};
   static const char* const kBiases[] = {"none", "full", "per head", "per batch", "per key"};
@@ -63,7 +63,7 @@ Case random_case(Random& random) {
   const int64_t dims[] = {1, 3, 8, 16, 20, 32, 33, 48, 64, 72, 80, 96, 128, 130, 256};
   Case c;
   c.random_seed = random();
-  c.dtype = static_cast<int>(below(3));
+  c.dtype = static_cast<int>(below(4));
   c.num_kv_heads = 1 + below(3);
   c.num_heads = c.num_kv_heads * (1 + below(3));
   c.head_dim = dims[chance(8) ? 13 + below(2) : below(13)];

@@ -104,7 +104,7 @@ struct Harness {
     const int64_t elements = columns <= 0 || columns > 256 ? -1
                                                            : extent({packed ? 1 : p.batch, heads, n, columns},
                                                                     {t.stride_b, t.stride_h, t.stride_n, 1});
-    t.data = allocate(elements, p.dtype == FASTATTN_F32 ? 4 : 2);
+    t.data = allocate(elements, fastattn_test::is_fp32(p.dtype) ? 4 : 2);
     note(elements, {p.batch, heads, n, columns}, {t.stride_b, t.stride_h, t.stride_n});
     return t;
   }
@@ -134,7 +134,7 @@ struct Harness {
   fastattn_problem problem() {
     fastattn_problem p = {};
     p.struct_size = bytes.rarely() ? static_cast<uint32_t>(bytes.below(256)) : sizeof p;
-    p.dtype = static_cast<int32_t>(bytes.rarely() ? bytes.below(6) - 2 : bytes.below(3));
+    p.dtype = static_cast<int32_t>(bytes.rarely() ? bytes.below(7) - 2 : bytes.below(4));
     p.batch = bytes.dimension(3);
     p.num_kv_heads = bytes.dimension(3);
     p.num_heads = bytes.rarely() || p.num_kv_heads < 0 || p.num_kv_heads > 8

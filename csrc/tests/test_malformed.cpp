@@ -44,7 +44,7 @@ TEST(scalars_out_of_range) {
       {"struct_size 0", [](Instance& x) { x.problem.struct_size = 0; }},
       {"struct_size too small", [](Instance& x) { x.problem.struct_size -= 8; }},
       {"struct_size of the result", [](Instance& x) { x.result.struct_size = 4; }},
-      {"dtype 3", [](Instance& x) { x.problem.dtype = 3; }},
+      {"dtype 4", [](Instance& x) { x.problem.dtype = 4; }},
       {"dtype -1", [](Instance& x) { x.problem.dtype = -1; }},
       {"batch -1", [](Instance& x) { x.problem.batch = -1; }},
       {"batch huge", [=](Instance& x) { x.problem.batch = huge; }},

@@ -324,7 +324,6 @@ __global__ void __launch_bounds__(kThreads, 1) forward(const __grid_constant__ F
   if (spoilt) {
     consumer.work.walk.mask_all();
     consumer.run_carefully(count, reinterpret_cast<uint32_t*>(shared + Shape::kNotes));
-    ptx::named_barrier_sync(kAllConsumers, kConsumers);
   }
   consumer.store();
 }

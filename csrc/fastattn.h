@@ -222,7 +222,7 @@ typedef struct {
   const uint64_t* dropout_seed; /* device memory, replaces problem->dropout_seed; NULL: that one */
 } fastattn_cuda_launch;
 
-/* What this library was built for, e.g. "sm_80,compute_80": machine code for one architecture each, and
+/* What this library was built for, e.g. "80,90a-real": machine code for one architecture each ("-real"), and
  * PTX that the driver translates for newer ones. */
 FASTATTN_API const char* fastattn_cuda_architectures(void);
 

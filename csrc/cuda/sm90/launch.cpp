@@ -59,7 +59,7 @@ const ForwardKernel* find_forward(const KernelSet& set, int capability, int spli
 }
 
 fastattn_status encode_forward(const Params& p, const ForwardKernel& kernel, ForwardParams& x) {
-  Encode encoder;
+  Encode encoder = nullptr;
   fastattn_status status = find_encoder(encoder);
   const bool packed = p.cu_q != nullptr;
   const int64_t queries = packed ? p.total_q : p.len_q, keys = packed ? p.total_k : p.len_k;

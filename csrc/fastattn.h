@@ -228,7 +228,7 @@ typedef struct {
   const uint64_t* dropout_seed; /* device memory, replaces problem->dropout_seed; NULL: that one */
 } fastattn_cuda_launch;
 
-/* What this library was built for, e.g. "sm_80,compute_80": machine code for one architecture each, and
+/* What this library was built for, e.g. "80,90a-real": machine code for one architecture each ("-real"), and
  * PTX that the driver translates for newer ones. */
 FASTATTN_API const char* fastattn_cuda_architectures(void);
 
@@ -237,6 +237,11 @@ FASTATTN_API fastattn_status fastattn_cuda_device(int32_t device, int32_t* capab
 
 /* The number of splits that fills a device of num_sms multiprocessors where queries are few (decoding). */
 FASTATTN_API int32_t fastattn_cuda_num_splits(const fastattn_problem* problem, int32_t num_sms);
+
+/* The kernel that a forward pass takes on a device of this capability: architecture and matrix instruction,
+ * or null after an error. */
+FASTATTN_API const char* fastattn_cuda_forward_kernel(const fastattn_problem* problem, int32_t capability,
+                                                      int32_t num_splits);
 
 /* Bytes of workspace that a call of the same arguments needs; addresses in the structs count only by
  * being null or not and by their alignment. */

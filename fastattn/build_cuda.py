@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--architectures", type=int, nargs="+", default=[OLDEST_ARCHITECTURE], metavar="SM",
         help="machine code for these, such as 80 90 120, and PTX of the newest; default: 80, which newer "
-        "devices translate on first use",
+        "devices translate on first use; Hopper's own kernels are always added",
     )  # fmt: skip
     parser.add_argument("--dims", type=int, nargs="+", choices=DIMS, default=DIMS, help="head dimensions")
     parser.add_argument("--types", nargs="+", choices=TYPES, default=TYPES, help="element types")

@@ -1,4 +1,6 @@
 // The CUDA calls of the ABI: choose the kernels, launch them on the caller's stream.
+#include "sm90/launch.h"
+
 #include <string.h>
 
 #include "auxiliary.h"
@@ -20,7 +22,9 @@ bool serves(uint32_t features, uint32_t needed) {
          (features == kAll || (features & ~kFeatureDropout) == (needed & ~kFeatureDropout));
 }
 
-fastattn_status launch_kernel(const Kernel& kernel, int64_t blocks, const Params& params,
+// A Kernel with its Params, or those of sm90/params.h.
+template <typename AnyKernel, typename AnyParams>
+fastattn_status launch_kernel(const AnyKernel& kernel, int64_t blocks, const AnyParams& params,
                               cudaStream_t stream) {
   if (blocks == 0) return FASTATTN_OK;
   if (blocks > INT32_MAX)
@@ -30,10 +34,37 @@ fastattn_status launch_kernel(const Kernel& kernel, int64_t blocks, const Params
   CHECK(check_cuda(
       cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes),
       "preparing a kernel"));
-  void* arguments[] = {const_cast<Params*>(&params)};
+  void* arguments[] = {const_cast<AnyParams*>(&params)};
   return check_cuda(cudaLaunchKernel(function, dim3(unsigned(blocks)), dim3(kernel.threads), arguments,
                                      kernel.shared_bytes, stream),
                     "launching a kernel");
+}
+
+fastattn_status device_capability(int device, int32_t& capability) {
+  int major = 0, minor = 0;
+  CHECK(check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+                   "asking for the device"));
+  CHECK(check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
+                   "asking for the device"));
+  capability = 10 * major + minor;
+  return FASTATTN_OK;
+}
+
+// Launches the forward kernel: that of Hopper where the device is one and it serves, else that of `set`.
+fastattn_status launch_forward(const fastattn_problem& p, const KernelSet& set, const Params& x,
+                               cudaStream_t stream) {
+  int device = 0, capability = 0;
+  CHECK(check_cuda(cudaGetDevice(&device), "asking for the device"));
+  CHECK(device_capability(device, capability));
+  const auto blocks = [&](const auto& kernel) {
+    return ceil_div64(p.seqlen_q, kernel.block_q) * x.splits * p.num_heads * p.batch;
+  };
+  const sm90::ForwardKernel* hopper = sm90::find_forward(set, capability, x.splits);
+  if (hopper == nullptr || blocks(*hopper) == 0)
+    return launch_kernel(set.forward, blocks(set.forward), x, stream);
+  sm90::ForwardParams y;
+  CHECK(sm90::encode_forward(x, *hopper, y));
+  return launch_kernel(*hopper, blocks(*hopper), y, stream);
 }
 
 fastattn_status run_copies(const Plan& plan, int dtype, cudaStream_t stream) {
@@ -119,15 +150,9 @@ extern "C" const char* fastattn_cuda_architectures(void) { return FASTATTN_CUDA_
 extern "C" fastattn_status fastattn_cuda_device(int32_t device, int32_t* capability, int32_t* num_sms) {
   if (capability == nullptr || num_sms == nullptr)
     return fail(FASTATTN_INVALID_ARGUMENT, "capability or num_sms is a null pointer.");
-  int major = 0, minor = 0, sms = 0;
-  CHECK(check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+  CHECK(check_cuda(cudaDeviceGetAttribute(num_sms, cudaDevAttrMultiProcessorCount, device),
                    "asking for the device"));
-  CHECK(check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
-                   "asking for the device"));
-  CHECK(check_cuda(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device),
-                   "asking for the device"));
-  *capability = 10 * major + minor, *num_sms = sms;
-  return FASTATTN_OK;
+  return device_capability(device, *capability);
 }
 
 extern "C" int32_t fastattn_cuda_num_splits(const fastattn_problem* p, int32_t num_sms) {
@@ -141,6 +166,14 @@ extern "C" int32_t fastattn_cuda_num_splits(const fastattn_problem* p, int32_t n
   int64_t splits = num_sms / blocks;
   if (splits > steps / 4) splits = steps / 4;
   return int32_t(splits < 128 ? splits : 128);
+}
+
+extern "C" const char* fastattn_cuda_forward_kernel(const fastattn_problem* p, int32_t capability,
+                                                    int32_t num_splits) {
+  if (validate_problem(p) != FASTATTN_OK) return nullptr;
+  const KernelSet* set = find_kernels(*p);
+  if (set == nullptr) return nullptr;
+  return sm90::find_forward(*set, capability, num_splits) != nullptr ? "sm_90a wgmma" : "sm_80 mma.sync";
 }
 
 extern "C" fastattn_status fastattn_cuda_forward_workspace(const fastattn_problem* p, int32_t num_splits,
@@ -181,8 +214,7 @@ extern "C" fastattn_status fastattn_cuda_forward(const fastattn_problem* p, cons
 
   const cudaStream_t stream = static_cast<cudaStream_t>(launch->stream);
   CHECK(run_copies(plan, p->dtype, stream));
-  const int64_t tiles = ceil_div64(p->seqlen_q, set->forward.block_q) * x.splits;
-  CHECK(launch_kernel(set->forward, tiles * p->num_heads * p->batch, x, stream));
+  CHECK(launch_forward(*p, *set, x, stream));
   if (x.splits > 1) CHECK(check_cuda(launch_combine(x, p->dtype, stream), "launching the merge of splits"));
   CHECK(fill_outside(*p, x.out, true, p->num_heads, p->head_dim_v, element_bytes(p->dtype), 0, stream));
   const TensorArg lse = {x.lse.data, 0, x.lse.stride_h, 1, false};

@@ -53,6 +53,7 @@ struct Cleaner {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int i = row + 16 * m + 8 * half;
+        __syncwarp();  // notes are read again rather than kept in registers for the other half
 #pragma unroll
         for (int word = 0; word < kWords; ++word) {
           // The keys of this word that query i sees: bits from .. to - 1.

@@ -39,6 +39,18 @@ struct OnlineSoftmax {
   __device__ __forceinline__ void update(float (&scores)[kM][kKeyTiles][4], float (&out)[kM][kValueTiles][4],
                                          float scale) {
     float highest[kM][2];
+    if (find_highest(scores, scale, highest)) {
+      float factor[kM][2];
+      move_base(highest, scale, factor);
+      rescale(out, factor);
+    }
+    weigh(scores, scale);
+  }
+
+  // The steps of an update. Largest scores of this lane; true, for the whole warp, when a base is to move.
+  template <int kKeyTiles>
+  __device__ __forceinline__ bool find_highest(const float (&scores)[kM][kKeyTiles][4], float scale,
+                                               float (&highest)[kM][2]) const {
     bool ahead = false;
 #pragma unroll
     for (int m = 0; m < kM; ++m)
@@ -51,7 +63,36 @@ struct OnlineSoftmax {
               fmaxf(highest[m][half], fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
         ahead |= fmaf(highest[m][half], scale, -base[m][half]) > kSlack;  // -inf - -inf is NaN: not ahead
       }
-    if (__any_sync(0xffffffffu, ahead)) move_base(highest, out, scale);
+    return __any_sync(0xffffffffu, ahead);
+  }
+
+  // Moves the bases that are behind. `factor` is what sums over the earlier weights are to be multiplied by.
+  __device__ __forceinline__ void move_base(const float (&highest)[kM][2], float scale,
+                                            float (&factor)[kM][2]) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float target = quad_max(highest[m][half]) * scale, old = base[m][half];
+        if (target - old > kSlack) base[m][half] = target;
+        factor[m][half] = old == base[m][half] ? 1.0f : ptx::exp2(old - base[m][half]);
+        sum[m][half] *= factor[m][half];
+      }
+  }
+
+  template <int kValueTiles>
+  __device__ __forceinline__ static void rescale(float (&out)[kM][kValueTiles][4],
+                                                 const float (&factor)[kM][2]) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int n = 0; n < kValueTiles; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) out[m][n][e] *= factor[m][e / 2];
+  }
+
+  template <int kKeyTiles>
+  __device__ __forceinline__ void weigh(float (&scores)[kM][kKeyTiles][4], float scale) {
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll
@@ -78,23 +119,6 @@ struct OnlineSoftmax {
  private:
   // A row that has seen no key has weights exp2(-inf - 0) = 0 rather than exp2(-inf + inf).
   __device__ __forceinline__ static float finite_base(float base) { return base == -INFINITY ? 0.0f : base; }
-
-  template <int kValueTiles>
-  __device__ __forceinline__ void move_base(const float (&highest)[kM][2], float (&out)[kM][kValueTiles][4],
-                                            float scale) {
-#pragma unroll
-    for (int m = 0; m < kM; ++m)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float target = quad_max(highest[m][half]) * scale, old = base[m][half];
-        if (target - old > kSlack) base[m][half] = target;
-        const float rescale = old == base[m][half] ? 1.0f : ptx::exp2(old - base[m][half]);
-        sum[m][half] *= rescale;
-#pragma unroll
-        for (int n = 0; n < kValueTiles; ++n)
-          out[m][n][2 * half] *= rescale, out[m][n][2 * half + 1] *= rescale;
-      }
-  }
 };
 
 }  // namespace fastattn

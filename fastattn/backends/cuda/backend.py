@@ -24,7 +24,26 @@ _CACHE_SIZE = 4096
 # struct_size, num_splits, stream, workspace, workspace_bytes, dropout_seed
 _LAUNCH = struct.Struct("@IiQQqQ")
 _LEAST_CAPABILITY = 80
+_BACKWARD_KERNEL = "sm_80 mma.sync"
 _WIDEST_FP32_BIAS_GRADIENT = 128  # head_dim above which its tiles do not fit shared memory
+
+
+def _stand_ins(problem: AttentionProblem) -> AttentionInputs:
+    """Tensors where a call of this problem has some, for questions that ask no more than that."""
+    x = torch.empty(1, 1, 1, 1)
+
+    def given(present: object, dtype: torch.dtype | None = None) -> Tensor | None:
+        return x.to(dtype) if present else None
+
+    return AttentionInputs(
+        x, x, x,
+        key_mask=given(problem.has_key_mask),
+        bias=given(problem.bias_shape, problem.bias_dtype),
+        relative_bias=given(problem.has_relative_bias),
+        alibi_slopes=given(problem.alibi_shape),
+        cu_seqlens_q=given(problem.packed),
+        cu_seqlens_k=given(problem.packed),
+    )  # fmt: skip
 
 
 class CudaBackend:
@@ -64,7 +83,7 @@ class CudaBackend:
         return None
 
     def architectures(self) -> str:
-        """What the library was compiled for, such as "80": machine code for sm_80 and PTX for newer ones."""
+        """What the library was compiled for, such as "80,90a-real": sm_80, with PTX for newer ones, and Hopper."""
         return self._library.fastattn_cuda_architectures().decode()
 
     def supports(self, problem: AttentionProblem) -> str | None:
@@ -84,7 +103,18 @@ class CudaBackend:
         return None
 
     def kernel(self, problem: AttentionProblem) -> str:
-        return "sm_80 mma.sync"
+        """Architecture and matrix instruction: forward's, and backward's where that is another."""
+        inputs = _stand_ins(problem)
+        problem_struct = abi.problem_struct(abi.fixed_part(problem), problem, inputs)
+        splits = self._library.fastattn_cuda_num_splits(problem_struct, self._sms(problem))
+        capability = self._device(problem.device.index or 0)[0]
+        name = self._library.fastattn_cuda_forward_kernel(problem_struct, capability, splits)
+        if name is None:
+            return "none in this library"
+        forward = name.decode()
+        if not problem.need_grad or forward == _BACKWARD_KERNEL:
+            return forward
+        return f"{forward}, backward {_BACKWARD_KERNEL}"
 
     def forward(
         self, problem: AttentionProblem, inputs: AttentionInputs, out: Tensor, lse: Tensor | None

@@ -27,10 +27,13 @@ def simulate(library, monkeypatch):
     """A function that puts a simulated GPU in the place of the CPU backend, and returns it."""
     devices = {}
 
-    def use(dims: str, types: str, variants: str) -> simulated.SimulatedCuda:
+    def use(dims: str, types: str, variants: str, capability: int = 80) -> simulated.SimulatedCuda:
         key = dims, types, variants
         if key not in devices:
             devices[key] = simulated.SimulatedCuda(library(*key))
+        devices[key].set_capability(
+            capability
+        )  # tests in one process share the library and what it remembers
         monkeypatch.setitem(dispatch._backends, "cpu", devices[key])
         monkeypatch.setattr(dispatch, "_chosen", {})
         return devices[key]

@@ -1,6 +1,8 @@
 // The part of the CUDA runtime that libfastattn_cuda calls, for a machine without a driver: kernels are known
 // by their names, and a launch is handed to the test that loaded the library.
+#include <cuda.h>
 #include <cuda_runtime_api.h>
+#include <string.h>
 
 #include <map>
 #include <string>
@@ -22,9 +24,44 @@ struct {
   cudaStream_t stream;
 } configuration;
 std::map<const void*, int> shared_limit;
+int capability = 80;
+
+// cuTensorMapEncodeTiled, with the refusals of its documentation. The 128 bytes are laid out as
+// tests/ptxsim/tensormap.py reads them, which is not the hardware's way.
+CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
+                      const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
+                      const cuuint32_t* element_strides, CUtensorMapInterleave interleave,
+                      CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
+  bool good = reinterpret_cast<uintptr_t>(map) % 64 == 0 && reinterpret_cast<uintptr_t>(address) % 16 == 0 &&
+              address != nullptr && type == CU_TENSOR_MAP_DATA_TYPE_UINT16 && rank >= 1 && rank <= 5 &&
+              box[0] * 2 % 16 == 0 && (swizzle != CU_TENSOR_MAP_SWIZZLE_128B || box[0] * 2 <= 128);
+  for (cuuint32_t i = 0; i < rank; ++i) {
+    good = good && sizes[i] >= 1 && sizes[i] <= (1ull << 32) && box[i] >= 1 && box[i] <= 256 &&
+           element_strides[i] == 1;
+    if (i > 0) good = good && strides[i - 1] % 16 == 0 && strides[i - 1] > 0 && strides[i - 1] < (1ull << 40);
+  }
+  if (!good) return CUDA_ERROR_INVALID_VALUE;
+  struct {
+    uint64_t address;
+    uint32_t rank, type, interleave, swizzle, fill, atomicity, sizes[5], padding;
+    uint64_t strides[4];
+    uint32_t box[5], element_strides[5];
+  } fields = {};
+  static_assert(sizeof fields == 128);
+  fields.address = reinterpret_cast<uint64_t>(address), fields.rank = rank - 1, fields.type = type;
+  fields.interleave = interleave, fields.swizzle = swizzle, fields.fill = fill;
+  for (cuuint32_t i = 0; i < rank; ++i) {
+    fields.sizes[i] = uint32_t(sizes[i]), fields.box[i] = box[i];
+    fields.element_strides[i] = element_strides[i];
+    if (i > 0) fields.strides[i - 1] = strides[i - 1];
+  }
+  memcpy(map, &fields, sizeof fields);
+  return CUDA_SUCCESS;
+}
 }  // namespace
 
 EXPORT void fake_cudart_on_launch(Launch callback) { launch_callback = callback; }
+EXPORT void fake_cudart_set_capability(int value) { capability = value; }
 
 extern "C" {
 void** __cudaRegisterFatBinary(void*) { return new void*; }
@@ -51,7 +88,7 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* host) {
 
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
   if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) shared_limit[function] = value;
-  return value <= 99 * 1024 ? cudaSuccess : cudaErrorInvalidValue;
+  return value <= (capability == 90 ? 227 : 99) * 1024 ? cudaSuccess : cudaErrorInvalidValue;
 }
 cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments,
                              size_t shared_bytes, cudaStream_t) {
@@ -80,9 +117,20 @@ const char* cudaGetErrorName(cudaError_t error) {
   return error == cudaErrorLaunchFailure ? "launch failure" : "error";
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrComputeCapabilityMajor   ? 8
-           : attribute == cudaDevAttrComputeCapabilityMinor ? 0
+  *value = attribute == cudaDevAttrComputeCapabilityMajor   ? capability / 10
+           : attribute == cudaDevAttrComputeCapabilityMinor ? capability % 10
                                                             : 108;
+  return cudaSuccess;
+}
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned,
+                                             unsigned long long, cudaDriverEntryPointQueryResult* found) {
+  const bool known = strcmp(symbol, "cuTensorMapEncodeTiled") == 0;
+  *function = known ? reinterpret_cast<void*>(encode_tiled) : nullptr;
+  if (found != nullptr) *found = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   return cudaSuccess;
 }
 }

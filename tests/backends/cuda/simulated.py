@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,7 @@ def build(folder: Path, dims: str, types: str, variants: str, *, real_runtime: b
         "-DCMAKE_CUDA_ARCHITECTURES=80-virtual", f"-DCMAKE_CUDA_RUNTIME_LIBRARY={runtime[0]}",
         f"-DFASTATTN_CUDA_DIMS={dims}", f"-DFASTATTN_CUDA_TYPES={types}",
         f"-DFASTATTN_CUDA_VARIANTS={variants}", f"-DFASTATTN_CUDA_TEST_SOURCES={runtime[1]}",
+        "-DFASTATTN_CUDA_HOPPER=90a-virtual",
         "-DCMAKE_CUDA_FLAGS=--keep --keep-dir .",
     ]  # fmt: skip
     for command in (configure, ["cmake", "--build", folder]):
@@ -101,7 +103,12 @@ class SimulatedCuda(CudaBackend):
         self.num_sms = 1
         self.options = Options()
         self.launches: list[tuple[str, Report]] = []
+        self.alter: Callable[[str], str] | None = None  # plants a fault in the PTX that is run
         self._failure: BaseException | None = None
+
+    def set_capability(self, capability: int) -> None:
+        """10 * major + minor of the device to be simulated; the library's default is 80."""
+        self._library.fake_cudart_set_capability(capability)
 
     def supports(self, problem) -> str | None:
         return self._refuses(problem)
@@ -164,7 +171,8 @@ class SimulatedCuda(CudaBackend):
     def _run(self, name, grid, block, shared_bytes, arguments) -> int:
         """One launch, as the fake runtime reports it. Returns 1, and keeps the exception, where it fails."""
         try:
-            module = parsed(self._ptx[name.decode()])
+            path = self._ptx[name.decode()]
+            module = parsed(path) if self.alter is None else parse(self.alter(path.read_text()))
             kernel = module.kernels[name.decode()]
             layout = Layout(module, kernel, shared_bytes)
             packed = bytearray(max(layout.param_size, 1))

@@ -20,6 +20,10 @@ SOURCE = """
 #include "cuda/sm80/instance.h"
 namespace fastattn {{ extern const KernelSet kernels = kernel_set<{type}, {dim}, {features}>(1); }}
 """
+HOPPER_SOURCE = """
+#include "cuda/sm90/forward.h"
+namespace fastattn::sm90 {{ extern const ForwardKernel kernel = forward_kernel<{type}, {dim}>(1); }}
+"""
 # What a warp multiplies in a step: (matmuls, rows, columns, head_dim) of the tiles in tile_sizes.h.
 CASES = {
     "Half 64 0": {
@@ -33,24 +37,33 @@ CASES = {
         "query_gradient": (3, 16, 32, 128),
     },
 }
+# A warpgroup of the sm_90a kernels: keys a step; the most issue slots per tensor cycle.
+HOPPER_CASES = {
+    "sm_90a Half 64": (128, 0.77),
+    "sm_90a Half 128": (128, 0.39),
+    "sm_90a Half 256": (64, 0.28),
+    "sm_90a BFloat16 128": (128, 0.39),
+}
 
 
-def compile_cubin(folder: Path, instance: str) -> tuple[bytes, str]:
-    """The machine code for sm_80, and what ptxas said."""
-    type_, dim, features = instance.split()
+def compile_cubin(folder: Path, instance: str) -> tuple[bytes, str, int]:
+    """The machine code, what ptxas said, and the architecture it is for."""
+    hopper = instance.startswith("sm_90a")
+    type_, dim, features = instance.removeprefix("sm_90a ").split() + [""] * hopper
+    arch = "sm_90a" if hopper else "sm_80"
     source, cubin = folder / "instance.cu", folder / "instance.cubin"
-    source.write_text(SOURCE.format(type=type_, dim=dim, features=features))
-    command = ["nvcc", "-std=c++17", "-O3", "-arch=sm_80", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}"]
+    source.write_text((HOPPER_SOURCE if hopper else SOURCE).format(type=type_, dim=dim, features=features))
+    command = ["nvcc", "-std=c++17", "-O3", f"-arch={arch}", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}"]
     done = subprocess.run([*command, "-cubin", "-o", cubin, source], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return cubin.read_bytes(), done.stderr
+    return cubin.read_bytes(), done.stderr, 90 if hopper else 80
 
 
 def statistics(folder: Path, instance: str) -> dict[str, dict]:
     """For each kernel: spilled bytes, registers, and the loop over unmasked tiles."""
     from fastattn.backends.triton import sass
 
-    cubin, log = compile_cubin(folder, instance)
+    cubin, log, arch = compile_cubin(folder, instance)
     found = {}
     for part in re.split(r"Compiling entry function", log)[1:]:
         name = kernel_name(part)
@@ -58,38 +71,56 @@ def statistics(folder: Path, instance: str) -> dict[str, dict]:
         found[name] = {"spilled_bytes": spills, "registers": int(re.search(r"Used (\d+) registers", part)[1])}
     for part in re.split(r"(?=^\.text\.)", sass.disassemble(cubin), flags=re.M)[1:]:
         kernel = found[kernel_name(part)]
-        kernel["main_loop"] = sass.main_loop(part, 80).as_dict()
+        kernel["main_loop"] = sass.main_loop(part, arch).as_dict()
         if kernel_name(part) == "forward":
             kernel["jumped_over"] = jumped_over(part)
+        if arch == 90:
+            loop = main_loop_text(part)
+            kernel["tensor_loads"] = part.count("UTMALDG")
+            last_wait = max(at for at, text in enumerate(loop) if "WARPGROUP.DEPBAR" in text)
+            kernel["exponentials_late"] = sum("MUFU.EX2" in text for text in loop[last_wait:])
     return found
 
 
 def jumped_over(text: str) -> int:
     """Instructions of the main loop that a step jumps over unless a softmax base moves.
 
-    They lie between the vote on it and where the jump lands.
+    They are the blocks with the reduction over a quad and with the products that rescale.
     """
-    instructions, labels = [], {}
+    loop = main_loop_text(text, labels := {})
+    count = 0
+    for at, instruction in enumerate(loop):
+        target = re.search(r"BRA.*(\.L_x_\d+)", instruction)
+        end = labels.get(target[1], 0) if target else 0
+        if end > at and re.search(r"SHFL|FMUL", " ".join(loop[at:end])):
+            count += end - at - 1
+    return count
+
+
+def main_loop_text(text: str, labels: dict[str, int] | None = None) -> list[str]:
+    """Instructions of the shortest loop with matrix instructions; `labels` receives where its labels are."""
+    instructions, found = [], {}
     for line in text.splitlines():
         if label := re.match(r"(\.L_x_\d+):", line):
-            labels[label[1]] = len(instructions)
+            found[label[1]] = len(instructions)
         elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*);", line):
             instructions.append(instruction[1])
     target = {at: re.search(r"BRA.*(\.L_x_\d+)", text) for at, text in enumerate(instructions)}
-    target = {at: labels[found[1]] for at, found in target.items() if found}
     loops = [
-        (end, at)
-        for at, end in target.items()
-        if end <= at and any("HMMA" in instruction for instruction in instructions[end:at])
+        (found[label[1]], at + 1)
+        for at, label in target.items()
+        if label
+        and found[label[1]] <= at
+        and re.search(r"HG?MMA", " ".join(instructions[found[label[1]] : at]))
     ]
     start, end = min(loops, key=lambda loop: loop[1] - loop[0])
-    votes = [at for at in range(start, end) if "VOTE" in instructions[at]]
-    jumps = [at for at in target if votes and votes[0] < at < target[at] <= end]
-    return target[jumps[0]] - jumps[0] - 1 if jumps else 0
+    if labels is not None:
+        labels.update({name: at - start for name, at in found.items() if start <= at <= end})
+    return instructions[start:end]
 
 
 def kernel_name(text: str) -> str:
-    return re.search(r"fastattn\d+(forward|key_gradient|query_gradient|score_gradient)", text)[1]
+    return re.search(r"fastattn(?:4sm90)?\d+(forward|key_gradient|query_gradient|score_gradient)", text)[1]
 
 
 @pytest.mark.parametrize("instance", [pytest.param(name, marks=pytest.mark.slow) for name in CASES])
@@ -113,11 +144,32 @@ def test_machine_code(tmp_path, instance):
         )
 
 
+@pytest.mark.parametrize("instance", [pytest.param(name, marks=pytest.mark.slow) for name in HOPPER_CASES])
+def test_hopper_machine_code(tmp_path, instance):
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not on PATH")
+    pytest.importorskip("triton", reason="Triton's wheel has the disassembler")
+    kernel = statistics(tmp_path, instance)["forward"]
+    keys, most = HOPPER_CASES[instance]
+    dim, loop = int(instance.split()[2]), kernel["main_loop"]
+    assert loop["matrix_instructions"] == dim // 16 + keys // 16
+    assert loop["tensor_cycles"] == 2 * 64 * keys * dim / 4 / 512
+    assert all(kind.startswith("HGMMA.64x") for kind in loop["matrix_kinds"])
+    assert kernel["spilled_bytes"] == loop["spills"] == 0
+    assert kernel["tensor_loads"] > 0
+    assert kernel["exponentials_late"] <= 2, "exponentials are to be computed while products run"
+    assert (loop["instructions"] - kernel["jumped_over"]) / loop["tensor_cycles"] <= most
+    expected = json.loads(TABLE.read_text())[instance]["forward"]
+    assert loop["instructions"] == expected["main_loop"]["instructions"], (
+        "the loop changed; if that is meant, write main_loops.json anew"
+    )
+
+
 if __name__ == "__main__":
     import tempfile
 
     table = {}
-    for instance in CASES:
+    for instance in (*CASES, *HOPPER_CASES):
         with tempfile.TemporaryDirectory() as folder:
             table[instance] = statistics(Path(folder), instance)
     json.dump(table, sys.stdout, indent=1)

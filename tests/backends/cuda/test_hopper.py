@@ -1,0 +1,168 @@
+"""The sm_90a kernels as nvcc compiled them, executed and held to the float64 reference.
+
+`make test` runs head dimension 64 in fp16; the slow tests go through the table.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from oracle import Case, check, run, upstream_of
+from test_kernels import DTYPES
+
+import fastattn
+
+KERNEL = "sm907forward"  # as it is mangled
+HALF = {"dtype": torch.float16, "kv_heads": 1, "head_dim": 64, "head_dim_v": 64, "wanted": ()}
+
+# Tiles have 128 rows and 128 keys: tails of both, and barriers whose phases come round again.
+CASES = {
+    "one tile": {"lengths": ((9, 20),)},
+    "many steps": {"lengths": ((130, 700),)},
+    "causal, keys longer": {"lengths": ((150, 400),), "options": {"causal": True}},
+    "causal, queries longer": {"lengths": ((300, 170),), "options": {"causal": True}},
+    "window": {"lengths": ((150, 540),), "options": {"window": (200, 10)}},
+    "key mask": {"lengths": ((33, 300),) * 2, "mask": 0.5},
+    "every key masked": {"lengths": ((10, 20),), "mask": 1.0},
+    "no keys": {"lengths": ((20, 0),)},
+    "packed, empty sequences": {"lengths": ((0, 5), (140, 170), (3, 0)), "packed": True, "group": 2},
+    "packed, causal": {"lengths": ((0, 5), (140, 170), (3, 0)), "packed": True, "options": {"causal": True}},
+    "grouped heads, head_dim_v": {
+        "lengths": ((20, 140),) * 2, "group": 3, "kv_heads": 2, "head_dim": 40, "head_dim_v": 56,
+        "layout": "transposed",
+    },
+    "unaligned": {"lengths": ((20, 140),), "head_dim": 33, "head_dim_v": 59, "layout": "sliced"},
+}  # fmt: skip
+
+
+def names(device) -> list[str]:
+    return [name for name, _ in device.launches]
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_forward(simulate, case):
+    device = simulate("64", "f16", "plain", 90)
+    case = Case(**{**HALF, **case})
+    check(case)
+    assert any(KERNEL in name for name in names(device))
+    if not case.packed:
+        assert "sm_90a wgmma" in str(fastattn.explain(**case.tensors(), **case.options, backend="cpu"))
+
+
+TABLE = [(dim, type_) for dim in (64, 128, 256) for type_ in ("f16", "bf16")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dim", "type_"), TABLE, ids=[f"{type_}-{dim}" for dim, type_ in TABLE])
+def test_every_tile(simulate, dim, type_):
+    """Every case at each head dimension and type, and training with the sm_80 kernels behind."""
+    device = simulate(str(dim), type_, "plain", 90)
+    for case in CASES.values():
+        dims = {name: dim - 64 + case.get(name, 64) for name in ("head_dim", "head_dim_v")}
+        check(Case(**{**HALF, **case, **dims, "dtype": DTYPES[type_]}))
+        assert any(KERNEL in name for name in names(device))
+    base = {**HALF, "dtype": DTYPES[type_], "head_dim": dim, "head_dim_v": dim, "wanted": ("q", "k", "v")}
+    check(Case(**base, lengths=((70, 140),), options={"causal": True}))
+
+
+def test_expanded_tensors_are_not_copied(simulate):
+    """Tensor maps have no stride 0: heads and sequences that repeat are an axis less."""
+    device = simulate("64", "f16", "plain", 90)
+    q = torch.randn(2, 4, 20, 64).half()
+    k = torch.randn(1, 1, 150, 64).half().expand(2, 2, 150, 64)
+    v = torch.randn(2, 1, 150, 64).half().expand(2, 2, 150, 64)
+    out = fastattn.attention(q, k, v, backend="cpu")
+    assert len(device.launches) == 1
+    expected = fastattn.attention(q.double(), k.double(), v.double(), backend="reference")
+    torch.testing.assert_close(out.double(), expected, rtol=2e-3, atol=2e-3)
+    k = torch.randn(2, 2, 1, 64).half().expand(2, 2, 150, 64)
+    out = fastattn.attention(q, k, v, backend="cpu")
+    expected = fastattn.attention(q.double(), k.double(), v.double(), backend="reference")
+    torch.testing.assert_close(out.double(), expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_garbage_does_not_leak(simulate, value):
+    """Not from keys that a row does not see, and not from a neighbour in the packed layout."""
+    simulate("64", "f16", "plain", 90)
+    case = Case(**{**HALF, "lengths": ((140, 140),), "options": {"causal": True}})
+    tensors = case.tensors()
+    upstream = upstream_of(case, tensors)
+    clean = run(case, tensors, upstream, backend="cpu")
+    for name in ("k", "v"):
+        spoilt = {**tensors, name: tensors[name].clone()}
+        spoilt[name][:, :, -1] = value
+        results = run(case, spoilt, upstream, backend="cpu")
+        for result in ("out", "lse"):
+            torch.testing.assert_close(
+                results[result][:, :, :139], clean[result][:, :, :139], rtol=2e-3, atol=2e-3
+            )
+        assert results["out"][:, :, -1].isnan().all()
+
+    packed = Case(**{**HALF, "lengths": ((9, 20), (7, 30)), "packed": True})
+    tensors = packed.tensors()
+    upstream = upstream_of(packed, tensors)
+    clean = run(packed, tensors, upstream, backend="cpu")["out"][:9]
+    tensors["v"][20:] = value
+    assert torch.equal(run(packed, tensors, upstream, backend="cpu")["out"][:9], clean)
+
+
+def test_nothing_conflicts(simulate):
+    """No two lanes wait for one bank, and results are stored 16 bytes at a time."""
+    device = simulate("64", "f16", "plain", 90)
+    default = device.options
+    device.options = type(default)(statistics=True)
+    try:
+        check(Case(**{**HALF, "lengths": ((128, 300),)}))
+    finally:
+        device.options = default
+    for name, report in device.launches:
+        assert not report.bank_conflicts(), (name, report.bank_conflicts())
+
+
+def test_twice_the_same(simulate):
+    simulate("64", "f16", "plain", 90)
+    case = Case(**{**HALF, "lengths": ((140, 300),)})
+    tensors = case.tensors()
+    first, second = (run(case, tensors, {}, backend="cpu") for _ in range(2))
+    assert torch.equal(first["out"], second["out"])
+    assert torch.equal(first["lse"], second["lse"])
+
+
+@pytest.mark.parametrize("capability", [80, 89, 100, 120])
+def test_other_devices_take_other_kernels(simulate, capability):
+    device = simulate("64", "f16", "plain", capability)
+    case = Case(**{**HALF, "lengths": ((20, 40),)})
+    check(case)
+    assert not any(KERNEL in name for name in names(device))
+    assert "sm_80 mma.sync" in str(fastattn.explain(**case.tensors(), backend="cpu"))
+
+
+@pytest.mark.slow
+def test_explain_names_the_kernels(simulate):
+    """explain() and the launch agree, also where the features or the size call for the sm_80 kernels."""
+    device = simulate("64", "f16", "plain;all", 90)
+    q = torch.randn(1, 1, 20, 64).half()
+    long = torch.randn(1, 1, 1100, 64).half()
+    for arguments, hopper in (
+        ({}, True),
+        ({"causal": True}, True),
+        ({"softcap": 5.0}, False),
+        ({"dropout_p": 0.3, "seed": 1}, False),
+        ({"alibi_slopes": torch.ones(1)}, False),
+        ({"scale": -1.0}, False),
+    ):
+        told = str(fastattn.explain(q, q, q, **arguments, backend="cpu"))
+        assert ("sm_90a wgmma" in told) is hopper
+        fastattn.attention(q, q, q, **arguments, backend="cpu")
+        assert any(KERNEL in name for name in names(device)) is hopper
+    device.num_sms = 8  # decoding: keys are split
+    assert "sm_80 mma.sync" in str(fastattn.explain(q[:, :, :1], long, long, backend="cpu"))
+    fastattn.attention(q[:, :, :1], long, long, backend="cpu")
+    assert len(device.launches) == 2
+    device.num_sms = 1
+    q.requires_grad_()
+    told = str(fastattn.explain(q, q, q, backend="cpu"))
+    assert "sm_90a wgmma, backward sm_80 mma.sync" in told

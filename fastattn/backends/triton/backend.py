@@ -65,7 +65,8 @@ class TritonBackend:
         config, fold_heads, splits = launch.plan_forward(problem, arch, processors)
         name = arch if isinstance(arch, str) else f"sm_{arch}"
         decoding = f", heads folded, keys split {splits} ways" if fold_heads else ""
-        return f"{name} {config}{decoding}"
+        tuning = ", or what tuning finds" if launch.tuning() else ""
+        return f"{name} {config}{tuning}{decoding}"
 
     def forward(
         self, problem: AttentionProblem, inputs: AttentionInputs, out: Tensor, lse: Tensor | None

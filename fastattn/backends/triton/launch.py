@@ -6,7 +6,9 @@ What a launch needs besides addresses is worked out once for each problem and la
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +24,9 @@ from .decode import merge_kernel
 from .forward import forward_kernel
 from .prepared import Launch
 
+if TYPE_CHECKING:
+    from .autotune import TunedLaunch
+
 _KEPT = 1024
 _DELTA_TILES = TileConfig(32, 1, 4, 1)
 _ONE_WARP = TileConfig(1, 1, 1, 1)
@@ -33,6 +38,31 @@ def _tiles(rows: int, block: int) -> int:
 
 def _blocks(config: TileConfig) -> dict[str, int]:
     return {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+
+
+def tuning() -> bool:
+    """Whether tiles are chosen by timing. On GPUs alone: an interpreter's times say nothing."""
+    return os.environ.get("FASTATTN_TRITON_AUTOTUNE") == "1" and os.environ.get("TRITON_INTERPRET") != "1"
+
+
+def _with_tiles(
+    kernel,
+    make: Callable[[TileConfig], Launch],
+    config: TileConfig,
+    values: dict[str, object],
+    problem: AttentionProblem,
+    fixed_rows: bool = False,
+) -> Launch | TunedLaunch:
+    """make(config), or where tuning is on, what chooses among its neighbours."""
+    launch = make(config)
+    if not tuning() or launch.programs == 0:
+        return launch
+    from .autotune import TunedLaunch, candidates, problem_class
+
+    types = (problem.dtype, problem.bias_dtype)
+    return TunedLaunch(
+        make, candidates(config, fixed_rows), problem_class(kernel, values, types, launch.programs)
+    )
 
 
 def _score_pointers(problem: AttentionProblem, inputs: AttentionInputs) -> tuple[dict, int | None]:
@@ -77,7 +107,7 @@ def plan_forward(problem: AttentionProblem, arch: Arch, processors: int) -> tupl
 
 
 class _Forward(NamedTuple):
-    attend: Launch
+    attend: Launch | TunedLaunch
     splits: int
     merge: Launch | None
 
@@ -97,12 +127,11 @@ def _prepare_forward(
     config, fold_heads, splits = plan_forward(problem, arch, processors)
     heads = problem.num_kv_heads if fold_heads else problem.num_heads
     rows = problem.seqlen_q * (problem.num_heads // problem.num_kv_heads) if fold_heads else problem.seqlen_q
-    programs = _tiles(rows, config.block_m) * heads * (problem.batch + problem.packed) * splits
     target, all_rows = out, problem.batch * problem.num_heads * problem.seqlen_q
     if splits > 1:
         shape = (problem.batch, problem.num_heads, problem.seqlen_q, problem.head_dim_v)
         target = shape, (shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3], 1)
-    values = common(problem, q, k, v, bias) | named_strides({"o": target}) | _blocks(config)
+    values = common(problem, q, k, v, bias) | named_strides({"o": target})
     values |= {
         "stride_split_out": all_rows * problem.head_dim_v,
         "stride_split_lse": all_rows,
@@ -113,6 +142,11 @@ def _prepare_forward(
         "SPLITS": splits,
         "POSITIVE_SCALE": problem.softmax_scale > 0.0,
     }
+
+    def attend(tiles: TileConfig) -> Launch:
+        programs = _tiles(rows, tiles.block_m) * heads * (problem.batch + problem.packed) * splits
+        return Launch(forward_kernel, programs, tiles.options(), values | _blocks(tiles))
+
     merge = None
     if splits > 1:
         merged = {
@@ -123,7 +157,8 @@ def _prepare_forward(
             "BLOCK_DV": configs.padded_dim(problem.head_dim_v),
         }
         merge = Launch(merge_kernel, all_rows, _ONE_WARP.options(), merged | named_strides({"o": out}))
-    return _Forward(Launch(forward_kernel, programs, config.options(), values), splits, merge)
+    launch = _with_tiles(forward_kernel, attend, config, values, problem, fold_heads)
+    return _Forward(launch, splits, merge)
 
 
 def forward(
@@ -164,8 +199,8 @@ class _Backward(NamedTuple):
     """The launches of the gradients wanted; None for the others."""
 
     delta: Launch | None
-    dq: Launch | None
-    dkdv: Launch | None
+    dq: Launch | TunedLaunch | None
+    dkdv: Launch | TunedLaunch | None
     dbias: Launch | None
     diagonals: Launch | None
     join: Launch | None
@@ -191,21 +226,29 @@ def _prepare_backward(
     sequences = problem.batch + problem.packed  # the packed rows without a sequence count as one more
     values = common(problem, q, k, v, bias) | named_strides({"g": dout})
     values |= {"ALIGN": align, "PRECISION": precision, "num_heads": heads}
-    launches: dict[str, Launch | None] = dict.fromkeys(_Backward._fields)
+    launches: dict[str, Launch | TunedLaunch | None] = dict.fromkeys(_Backward._fields)
     if any(x is not None for x in (dq, dk, dbias, drelative_bias)):
         launches["delta"] = _prepare_delta(problem, out, dout, align)
     if dq is not None:
-        config = configs.dq_config(arch, *shape)
-        programs = _tiles(problem.seqlen_q, config.block_m) * heads * sequences
-        own = named_strides({"dq": dq}) | _blocks(config)
-        launches["dq"] = Launch(dq_kernel, programs, config.options(), values | own)
+        own_dq = values | named_strides({"dq": dq})
+
+        def by_queries(tiles: TileConfig) -> Launch:
+            programs = _tiles(problem.seqlen_q, tiles.block_m) * heads * sequences
+            return Launch(dq_kernel, programs, tiles.options(), own_dq | _blocks(tiles))
+
+        launches["dq"] = _with_tiles(dq_kernel, by_queries, configs.dq_config(arch, *shape), own_dq, problem)
     if dk is not None or dv is not None:
-        config = configs.dkdv_config(arch, *shape)
-        programs = _tiles(problem.seqlen_k, config.block_n) * kv_heads * sequences
-        own = named_strides({"dk": dk, "dv": dv}) | _blocks(config)
-        own |= {"num_heads": kv_heads, "GROUPED": heads > kv_heads}
-        own |= {"WANT_DK": dk is not None, "WANT_DV": dv is not None}
-        launches["dkdv"] = Launch(dkdv_kernel, programs, config.options(), values | own)
+        own_dkdv = values | named_strides({"dk": dk, "dv": dv})
+        own_dkdv |= {"num_heads": kv_heads, "GROUPED": heads > kv_heads}
+        own_dkdv |= {"WANT_DK": dk is not None, "WANT_DV": dv is not None}
+
+        def by_keys(tiles: TileConfig) -> Launch:
+            programs = _tiles(problem.seqlen_k, tiles.block_n) * kv_heads * sequences
+            return Launch(dkdv_kernel, programs, tiles.options(), own_dkdv | _blocks(tiles))
+
+        launches["dkdv"] = _with_tiles(
+            dkdv_kernel, by_keys, configs.dkdv_config(arch, *shape), own_dkdv, problem
+        )
     config = configs.bias_config(arch, *shape)
     block = config.block_m
     own = {"BLOCK": block, "DIAGONAL": False, "REDUCE_Q": False, "REDUCE_K": False}
@@ -284,7 +327,10 @@ def backward(
 
 
 def _launch_or_zero(
-    launch: Launch, pointers: dict[str, Tensor | None], seed: int | None, results: tuple[Tensor | None, ...]
+    launch: Launch | TunedLaunch,
+    pointers: dict[str, Tensor | None],
+    seed: int | None,
+    results: tuple[Tensor | None, ...],
 ) -> None:
     """Packed rows without a sequence are the kernel's to clear, if there is a sequence to launch it for."""
     if launch.programs:

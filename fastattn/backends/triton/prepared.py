@@ -15,12 +15,16 @@ from ...log import log_once
 
 
 class Launch:
-    """`kernel` over `programs` programs. values: every argument but pointers and seed."""
+    """`kernel` over `programs` programs. values: every argument but pointers and seed.
 
-    __slots__ = ("_kernel", "_options", "_prepared", "_values", "programs")
+    fewer_stages: whether to make do with fewer pipeline stages where shared memory is short, or to raise.
+    """
+
+    __slots__ = ("_kernel", "_options", "_prepared", "_values", "fewer_stages", "programs")
 
     def __init__(self, kernel, programs: int, options: dict[str, object], values: dict[str, object]):
         self._kernel, self.programs, self._options, self._values = kernel, programs, options, values
+        self.fewer_stages = True
         self._prepared: dict[tuple, tuple[Callable, tuple, tuple]] = {}
 
     def __call__(self, pointers: dict[str, Tensor | None], seed: int | None = None) -> None:
@@ -53,7 +57,7 @@ class Launch:
                 return self._kernel[grid](**changing, **self._values, **self._options)
             except OutOfResources as error:
                 stages = self._options["num_stages"]
-                if error.name != "shared memory" or stages == 1:
+                if error.name != "shared memory" or stages == 1 or not self.fewer_stages:
                     raise
                 self._options = self._options | {"num_stages": stages - 1}
                 log_once(

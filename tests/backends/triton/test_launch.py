@@ -10,36 +10,9 @@ from oracle import Case
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
-from fastattn import dispatch
 from fastattn.backends import Gradients
 
 pytestmark = pytest.mark.skipif(fake_cuda.why_not() is not None, reason=str(fake_cuda.why_not()))
-
-
-@pytest.fixture
-def fake(request, monkeypatch):
-    """fake(arch, simulate=True) makes backend="triton" launch on CPU tensors; gives the FakeCuda."""
-    launch = importlib.import_module("fastattn.backends.triton.launch")
-    module = importlib.import_module("fastattn.backends.triton.backend")
-    installed = []
-
-    def install(arch, simulate=True):
-        device = fake_cuda.FakeCuda(request.config.cache.mkdir("fake-libcuda"), arch, simulate)
-        backend = module.TritonBackend()
-        monkeypatch.setattr(module, "interpreting", lambda: True)
-        monkeypatch.setattr(backend, "_device", lambda _: (arch, 4))
-        monkeypatch.setattr(backend, "_asked", True)
-        monkeypatch.setitem(dispatch._backends, "triton", backend)
-        monkeypatch.setattr(dispatch, "_chosen", {})
-        launch.forget()
-        device.install()
-        installed.append(device)
-        return device
-
-    yield install
-    for device in installed:
-        device.remove()
-    launch.forget()
 
 
 def case(dtype=torch.float16, lengths=((40, 83),), **fields):

@@ -54,6 +54,11 @@ def register() -> None:
 
     AttentionInterface.register(NAME, fastattn_attention)
     AttentionMaskInterface.register(NAME, fastattn_mask)
+    try:
+        from . import own_attention
+    except (ImportError, AttributeError):
+        return  # a transformers with other classes; patch says so where it meets such a model
+    own_attention.register()
 
 
 def fastattn_attention(

@@ -18,6 +18,7 @@ from ..log import logger
 from . import decoder, encoder, first_token, seq2seq, vision
 from .call import EnterHead, LeaveHead, Options
 from .families import EncoderFamily, Family, Reads, VisionFamily, find_family, forward_parameters, supported
+from .families.own_attention import OwnAttentionFamily, restore
 from .families.seq2seq import Seq2SeqReads, Stack
 from .interface import NAME
 
@@ -77,7 +78,10 @@ def patch(
             )
     for module, family, reads in sites:
         if getattr(module, _RECORD, None) is None:
-            _patch_base(module, family, options) if reads is None else _patch_head(module, reads, options)
+            if reads is None:
+                _patch_base(module, family, options)
+            else:
+                _patch_head(module, family, reads, options)
     return model
 
 
@@ -92,6 +96,7 @@ def unpatch(model: Model) -> Model:
         if record.recompute is not None:
             record.recompute.detach()
         restore_dropouts(module)
+        restore(module)
         # Whoever chose another implementation since patch keeps it.
         if record.is_base and module.config._attn_implementation == NAME:
             module.config._attn_implementation_internal = record.attn_implementation
@@ -129,7 +134,7 @@ def _check_options(padding_free: bool | str, recompute: str, backend: str) -> Op
     return Options(padding_free, backend, recompute)
 
 
-def _find(model: nn.Module) -> list[tuple[PreTrainedModel, Family | None, Reads | Seq2SeqReads | None]]:
+def _find(model: nn.Module) -> list[tuple[PreTrainedModel, Family, Reads | Seq2SeqReads | None]]:
     """Every place to patch: bare models (reads None) and models with a head. Nothing has been touched yet."""
     if not isinstance(model, nn.Module):
         raise InvalidArgumentError("model", f"a {type(model).__name__}", "a torch.nn.Module")
@@ -150,7 +155,7 @@ def _find(model: nn.Module) -> list[tuple[PreTrainedModel, Family | None, Reads 
                     raise UnsupportedModelError(
                         f"{type(module).__name__}.forward takes no **kwargs to pass on"
                     )
-                sites.append((module, None, reads))
+                sites.append((module, family, reads))
     if unknown or not any(reads is None for _, _, reads in sites):
         found = "; ".join(unknown) or "no transformers model"
         would = ", ".join(type(module).__name__ for module, _, _ in sites) or "nothing"
@@ -174,8 +179,14 @@ def _patch_base(model: PreTrainedModel, family: Family, options: Options) -> Non
         enter = vision.EnterVision(options, family)
         handles = [model.register_forward_pre_hook(enter, with_kwargs=True)]
     else:
+        enter = decoder.EnterDecoder(options, family)
+        if isinstance(family, OwnAttentionFamily):
+            from . import own_attention  # it needs classes that transformers may lose
+
+            own_attention.replace_attentions(model, family, options.backend)
+            enter = own_attention.EnterOwnDecoder(options, family)
         handles = [
-            model.register_forward_pre_hook(decoder.EnterDecoder(options, family), with_kwargs=True),
+            model.register_forward_pre_hook(enter, with_kwargs=True),
             model.register_forward_hook(decoder.LeaveDecoder(), with_kwargs=True),
         ]
     before = model.config._attn_implementation
@@ -209,10 +220,14 @@ def _hook_encoder(model: PreTrainedModel, family: EncoderFamily, options: Option
     return handles
 
 
-def _patch_head(model: PreTrainedModel, reads: Reads | Seq2SeqReads, options: Options) -> None:
-    enter = EnterHead(options, reads) if isinstance(reads, Reads) else seq2seq.EnterHead(options, reads)
+def _patch_head(
+    model: PreTrainedModel, family: Family, reads: Reads | Seq2SeqReads, options: Options
+) -> None:
+    enter = EnterHead if isinstance(reads, Reads) else seq2seq.EnterHead
+    if isinstance(family, OwnAttentionFamily):
+        from .own_attention import EnterOwnHead as enter
     handles = [
-        model.register_forward_pre_hook(enter, with_kwargs=True),
+        model.register_forward_pre_hook(enter(options, reads), with_kwargs=True),
         model.register_forward_hook(LeaveHead(), with_kwargs=True),
     ]
     replace_dropouts(model)

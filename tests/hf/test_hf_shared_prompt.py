@@ -52,7 +52,7 @@ def test_logits(kind, padding):
 @torch.no_grad()
 def test_other_decoders(name):
     """Logits, labels and greedy tokens; where there is a window, it reaches over prompt and query."""
-    wide = {"sliding_window": 128} if "sliding_window" in ZOO[name].settings else {}
+    wide = {key: 128 for key in ("sliding_window", "window_size") if key in ZOO[name].settings}
     model, prompt, inputs = specimen(name, **wide), tokens(P), batch("left", size=3, length=9)
     shared = SharedPrompt(patch(twin(model), backend=BACKEND), prompt)
     logits = shared(**inputs).logits

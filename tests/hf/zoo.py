@@ -376,6 +376,44 @@ ZOO = {
     "phi3": Specimen(
         "decoder", "Phi3Config", _causal("Phi3"), {**_LLAMA_LIKE, "sliding_window": 5}, ("qkv_proj",)
     ),
+    "gpt_neo": Specimen(
+        "decoder",
+        "GPTNeoConfig",
+        _heads("GPTNeoFor", "CausalLM", "SequenceClassification"),
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+            # Less than a batch's 23; narrower than a static cache, see test_hf_own_attention.py.
+            "window_size": 16,
+            "max_position_embeddings": 128,
+            "num_labels": 3,
+            **_SPECIAL,
+        },
+    ),
+    "gptj": Specimen(
+        "decoder",
+        "GPTJConfig",
+        _heads("GPTJFor", "CausalLM", "SequenceClassification"),
+        {
+            "vocab_size": VOCAB,
+            "n_embd": 32,
+            "n_inner": 48,
+            "n_layer": 2,
+            "n_head": 4,
+            "rotary_dim": 4,
+            "n_positions": 128,
+            "num_labels": 3,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+            "resid_pdrop": 0.0,
+            "tie_word_embeddings": False,
+            **_SPECIAL,
+        },
+    ),
     **{
         model_type: Specimen(
             "encoder-decoder",

@@ -82,9 +82,9 @@ class Family:
         """The transformers class whose forward a model with a head has; None for a wrapper, and for a forward
         of the user's own."""
         mro = type(model).__mro__
-        if not _is_transformers(next(cls for cls in mro if "forward" in vars(cls))):
+        if not is_transformers(next(cls for cls in mro if "forward" in vars(cls))):
             return None
-        name = next(filter(_is_transformers, mro)).__name__
+        name = next(filter(is_transformers, mro)).__name__
         return None if name in self.wrappers else name
 
     def _list(self, module: nn.Module, path: str) -> nn.ModuleList:
@@ -174,7 +174,7 @@ class VisionFamily(Family):
             self._check_forward(self._child(layer, self.attention), "hidden_states")
 
 
-def _is_transformers(cls: type) -> bool:
+def is_transformers(cls: type) -> bool:
     return cls.__module__.startswith("transformers.")
 
 
@@ -201,7 +201,8 @@ def supported() -> tuple[str, ...]:
 
 
 def _families() -> dict[str, Family]:
-    from . import decoders, encoders, seq2seq, vision
+    from . import decoders, encoders, own_attention, seq2seq, vision
 
-    known = (*encoders.FAMILIES, *decoders.FAMILIES, *seq2seq.FAMILIES, *vision.FAMILIES)
+    modules = (encoders, decoders, own_attention, seq2seq, vision)
+    known = [family for module in modules for family in module.FAMILIES]
     return {family.model_type: family for family in known}

@@ -7,12 +7,14 @@ import torch
 from torch import nn
 
 from fastattn.finetune import encoding, measure
-from fastattn.finetune import model as models
 from fastattn.finetune.command import DEFAULTS
 from fastattn.finetune.datasets import load_file
 from fastattn.finetune.errors import UserInputError
+from fastattn.finetune.methods import head_modules
 from fastattn.finetune.settings import Settings, check_method, default_lr
 from fastattn.finetune.training import AdamWithMasters, Trainer
+
+TEXT = 12  # tokens; the tiny model reads 32, of which prefix and prompt tuning take 20
 
 
 @pytest.fixture
@@ -21,7 +23,7 @@ def make_trainer(tmp_path, tiny_model, table):
 
     path = tmp_path / "encoded.npz"
     encoding.encode_dataset(
-        load_file(table, "text", "label"), AutoTokenizer.from_pretrained(tiny_model), 32, path
+        load_file(table, "text", "label"), AutoTokenizer.from_pretrained(tiny_model), TEXT, path
     )
     base = Settings(
         **{**DEFAULTS, "model": tiny_model, "data": table, "train": "head", "lr": 0.01, "batch_size": 8}
@@ -59,9 +61,15 @@ def test_methods_train_what_they_say(make_trainer):
     assert any("lora_A" in name for name in lora)
     assert all("lora_" in name or "modules_to_save" in name for name in lora)
     assert any("pooler" in name for name in lora)
+    for method in ("prefix", "prompt"):
+        found = trained_names(make_trainer(train=method).model)
+        assert {name.split(".")[-2] for name in found if "prompt_encoder" in name} == {"embedding"}
+        rest = [name for name in found if "prompt_encoder" not in name]
+        assert len(rest) == len(head)  # pooler and classifier, and not also what peft copied it from
+        assert all("pooler" in name or "classifier.modules_to_save" in name for name in rest)
 
 
-@pytest.mark.parametrize("train", ["head", "lora", "last-1", "bitfit", "ln", "full"])
+@pytest.mark.parametrize("train", ["head", "lora", "prefix", "prompt", "last-1", "bitfit", "ln", "full"])
 def test_the_loss_falls(make_trainer, train, attention):
     lr = 1e-3 if train == "full" else default_lr(train)
     trainer = make_trainer(attention, dropout=False, train=train, steps=20, lr=lr)
@@ -69,7 +77,7 @@ def test_the_loss_falls(make_trainer, train, attention):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("train", ["lora", "last-1"])
+@pytest.mark.parametrize("train", ["lora", "prefix", "prompt", "last-1"])
 def test_resuming_is_bit_for_bit_the_uninterrupted_run(make_trainer, tmp_path, attention, train):
     whole = make_trainer(attention, train=train, steps=9)
     losses = [whole.step(i)["loss"] for i in range(9)]
@@ -114,10 +122,11 @@ def test_masters_keep_updates_that_bfloat16_would_round_away():
     assert (p < 1).all()
 
 
-def test_arms_agree_without_dropout(make_trainer, native):
+@pytest.mark.parametrize("train", ["lora", "prefix", "prompt"])
+def test_arms_agree_without_dropout(make_trainer, native, train):
     losses = {}
     for arm in ("fastattn", "sdpa", "eager"):
-        trainer = make_trainer(arm, dropout=False, train="lora")
+        trainer = make_trainer(arm, dropout=False, train=train)
         losses[arm] = [trainer.step(i)["loss"] for i in range(4)]
     torch.testing.assert_close(losses["fastattn"], losses["sdpa"], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(losses["fastattn"], losses["eager"], rtol=1e-5, atol=1e-6)
@@ -164,12 +173,6 @@ def test_the_learning_rate_rises_then_falls_to_zero(make_trainer):
     assert 0 < rates[-1] < 0.02
 
 
-@pytest.mark.parametrize("method", ["prefix", "prompt"])
-def test_methods_to_come_say_so(method):
-    with pytest.raises(UserInputError, match="not there yet"):
-        check_method(method)
-
-
 @pytest.mark.parametrize("method", ["last-0", "last-", "heads", ""])
 def test_unknown_methods_list_the_known(method):
     with pytest.raises(UserInputError, match="head, lora"):
@@ -195,8 +198,8 @@ def test_the_head_of_other_families():
             hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, **small
         )
     )
-    assert list(models.head_modules(roberta)) == ["classifier"]
+    assert list(head_modules(roberta)) == ["classifier"]
     distilbert = DistilBertForSequenceClassification(
         DistilBertConfig(dim=16, n_layers=1, n_heads=2, hidden_dim=16, **small)
     )
-    assert list(models.head_modules(distilbert)) == ["pre_classifier", "classifier"]
+    assert list(head_modules(distilbert)) == ["pre_classifier", "classifier"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 
+import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from fastattn.errors import MissingDependencyError
 from fastattn.finetune.errors import UserInputError
@@ -15,11 +17,18 @@ __all__ = ["choose_trained", "head_modules", "is_prompt_learning", "unwrap_head"
 LORA_RANK, LORA_ALPHA = 8, 16
 
 
-def choose_trained(model: nn.Module, method: str) -> nn.Module:
-    """Freezes all but what `method` trains; the head always trains. Adapters make it a peft model."""
+def choose_trained(model: nn.Module, method: str, mixed: bool = False) -> nn.Module:
+    """Freezes all but what `method` trains; the head always trains. Adapters make it a peft model.
+
+    Args:
+        mixed: the model is in bfloat16; modules trained as a whole (head, adapters, layers) go to float32.
+            Single parameters of frozen modules (biases, norms) stay: the optimizer has them in float32.
+    """
     head = head_modules(model)
+    for module in head.values() if mixed else ():
+        _to_float32(module)
     if method == "lora":
-        return _with_lora(model, list(head))
+        return _with_lora(model, list(head), mixed)
     if method in ("prefix", "prompt"):
         return _with_virtual_tokens(model, method, list(head))
     model.requires_grad_(method == "full")
@@ -31,6 +40,9 @@ def choose_trained(model: nn.Module, method: str) -> nn.Module:
             raise UserInputError(f"--train {method}: the model has {len(layers)} layers")
         for layer in layers[-wanted:]:
             layer.requires_grad_(True)
+            if mixed:
+                _to_float32(layer)
+                layer.register_forward_hook(_rounded)  # what follows, a last norm perhaps, is frozen
     for module in model.modules():
         if method == "ln" and _is_norm(module):
             module.requires_grad_(True)
@@ -54,7 +66,25 @@ def is_prompt_learning(model: nn.Module) -> bool:
     return hasattr(model, "peft_config") and model.active_peft_config.is_prompt_learning
 
 
-def _with_lora(model: nn.Module, head: list[str]) -> nn.Module:
+def _to_float32(module: nn.Module) -> None:
+    """Weights and arithmetic. The hook is a plain function, so that copies of the module keep it."""
+    module.float()
+    module.register_forward_pre_hook(_widened, with_kwargs=True)
+
+
+def _widened(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    return tree_map(lambda value: _cast(value, torch.float32), (args, kwargs))
+
+
+def _rounded(module: nn.Module, args: tuple, output):
+    return tree_map(lambda value: _cast(value, torch.bfloat16), output)
+
+
+def _cast(value, dtype: torch.dtype):
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def _with_lora(model: nn.Module, head: list[str], mixed: bool) -> nn.Module:
     peft = _peft()
     known = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     config = peft.LoraConfig(
@@ -65,8 +95,8 @@ def _with_lora(model: nn.Module, head: list[str]) -> nn.Module:
         target_modules=None if model.config.model_type in known else "all-linear",
         modules_to_save=[name.rsplit(".", 1)[-1] for name in head],
     )
-    # Adapters in the model's dtype: the optimizer keeps the fp32 copies, as for every trained parameter.
-    return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+    # Otherwise adapters have the model's dtype: the optimizer keeps fp32 copies of all that is trained.
+    return peft.get_peft_model(model, config, autocast_adapter_dtype=mixed)
 
 
 def _with_virtual_tokens(model: nn.Module, method: str, head: list[str]) -> nn.Module:

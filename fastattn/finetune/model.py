@@ -77,11 +77,11 @@ def build_model(settings, label_names: list[str], attention: str, dropout: bool,
         "AutoModelForSequenceClassification",
         settings.model,
         config=config,
-        dtype=getattr(torch, settings.dtype),
+        dtype=getattr(torch, settings.backbone_dtype),
         attn_implementation="sdpa" if attention == "fastattn" else attention,
         ignore_mismatched_sizes=True,  # a classifier of other classes gets a new head
     )
-    model = choose_trained(model, settings.train)
+    model = choose_trained(model, settings.train, settings.mixed)
     if attention == "fastattn":
         import fastattn
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from fastattn.finetune.errors import UserInputError
 
-__all__ = ["ARMS", "METHODS", "VIRTUAL_TOKENS", "Settings", "check_method", "default_lr"]
+__all__ = ["ARMS", "METHODS", "VIRTUAL_TOKENS", "Settings", "check_dtypes", "check_method", "default_lr"]
 
 ARMS = ("fastattn", "sdpa", "eager")  # how attention is computed: patched, or one of transformers' own ways
 METHODS = "head, lora, prefix, prompt, bitfit, ln, last-N (last-2 trains the last two layers), full"
@@ -40,7 +40,8 @@ class Settings:
     train: str
     attention: str
     recompute: str
-    dtype: str
+    dtype: str  # of what is trained
+    backbone_dtype: str  # of what is frozen
     epochs: int
     steps: int | None  # given, it takes the place of epochs
     batch_size: int
@@ -53,6 +54,11 @@ class Settings:
 
     def total_steps(self, training_texts: int) -> int:
         return self.steps or self.epochs * math.ceil(training_texts / self.batch_size)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the frozen weights have fewer bits than the trained ones."""
+        return self.backbone_dtype != self.dtype
 
     @property
     def virtual_tokens(self) -> int:
@@ -73,6 +79,22 @@ class Settings:
         if set(saved) != names:
             raise UserInputError("the saved settings are of another version of fastattn; start the run anew")
         return cls(**saved)
+
+
+def check_dtypes(method: str, dtype: str, backbone_dtype: str) -> None:
+    """Frozen weights may have fewer bits than the trained ones, where there are frozen weights."""
+    if backbone_dtype == dtype:
+        return
+    if dtype == "bfloat16":
+        raise UserInputError(
+            f"--backbone-dtype {backbone_dtype} with --dtype {dtype} rounds what learns and not what is "
+            "frozen; leave one out"
+        )
+    if method == "full":
+        raise UserInputError(
+            f"--backbone-dtype {backbone_dtype}: --train full leaves nothing frozen; "
+            f"--dtype {backbone_dtype} rounds everything"
+        )
 
 
 def check_method(method: str) -> str:

@@ -69,6 +69,8 @@ def test_arguments(finetune, tmp_path):
     one_sentence(finetune("--train", "everything"), "--train everything", "head, lora")
     one_sentence(finetune("--train", "prefix", "--max-length", "13"), "12 tokens", "20 virtual ones")
     one_sentence(finetune("--train", "head", "head"), "twice")
+    one_sentence(finetune("--train", "full", "--backbone-dtype", "bfloat16"), "nothing frozen")
+    one_sentence(finetune("--dtype", "bfloat16", "--backbone-dtype", "float32"), "leave one out")
     one_sentence(finetune("--task", "topics"), "--task and --data")
     one_sentence(finetune(model=tmp_path / "nowhere"), "nowhere", "cannot be loaded")
     one_sentence(

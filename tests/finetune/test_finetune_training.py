@@ -25,11 +25,12 @@ def make_trainer(tmp_path, tiny_model, table):
     encoding.encode_dataset(
         load_file(table, "text", "label"), AutoTokenizer.from_pretrained(tiny_model), TEXT, path
     )
-    base = Settings(
-        **{**DEFAULTS, "model": tiny_model, "data": table, "train": "head", "lr": 0.01, "batch_size": 8}
-    )
+    values = {"model": tiny_model, "data": table, "train": "head", "lr": 0.01, "batch_size": 8}
+    base = Settings(**{**DEFAULTS, **values, "backbone_dtype": "float32"})
 
     def make(attention="sdpa", dropout=True, **changes) -> Trainer:
+        if "dtype" in changes:
+            changes = {"backbone_dtype": changes["dtype"], **changes}
         settings = dataclasses.replace(base, **changes)
         trainer = Trainer(settings.to_json(), ["no", "yes"], attention, str(path))
         trainer.prepare(dropout=dropout)
@@ -111,6 +112,73 @@ def test_bfloat16_trains_with_fp32_masters(make_trainer, attention, train):
         master = trainer.optimizer.masters[name]
         assert master.dtype == torch.float32
         assert torch.equal(p, master.bfloat16())
+
+
+FLOAT32 = {  # of the trained parameters with a bfloat16 backbone: those of modules trained as a whole
+    "head": {"pooler", "classifier"},
+    "lora": {"pooler", "classifier", "lora_A", "lora_B"},
+    "prefix": {"pooler", "classifier", "prompt_encoder"},
+    "prompt": {"pooler", "classifier", "prompt_encoder"},
+    "last-1": {"pooler", "classifier", "layer.1."},
+    "ln": {"pooler", "classifier"},
+    "bitfit": {"pooler", "classifier"},
+}
+
+
+@pytest.mark.parametrize("train", FLOAT32)
+def test_a_bfloat16_backbone_leaves_what_is_trained_in_float32(make_trainer, tmp_path, native, train):
+    from transformers import AutoModelForSequenceClassification
+
+    mixed = {"train": train, "steps": 4, "dropout": False, "lr": default_lr(train)}
+    losses = {"float32": [make_trainer(**mixed).step(3)["loss"]]}
+    mixed["backbone_dtype"] = "bfloat16"
+    for arm in ("fastattn", "sdpa", "eager"):
+        trainer = make_trainer(arm, **mixed)
+        losses[arm] = [trainer.step(3)["loss"] for _ in range(4)]
+        for name, p in trainer.model.named_parameters():
+            whole = any(part in name for part in FLOAT32[train])
+            frozen_copy = "original_module" in name
+            expected = torch.float32 if whole or frozen_copy else torch.bfloat16
+            assert p.dtype == expected, name
+    # bfloat16 has three digits; the arms round at other places
+    assert losses["fastattn"] == pytest.approx(losses["sdpa"], rel=0.02)
+    assert losses["fastattn"] == pytest.approx(losses["eager"], rel=0.02)
+    assert losses["fastattn"][0] == pytest.approx(losses["float32"][0], rel=0.02)
+    assert losses["fastattn"][3] < losses["fastattn"][0]
+
+    trained = {name: m.detach().clone() for name, m in trainer.optimizer.masters.items()}
+    assert {m.dtype for m in trained.values()} == {torch.float32}
+    word = next(p for n, p in trainer.model.named_parameters() if n.endswith("word_embeddings.weight"))
+    word = word.detach().clone()
+    trainer.save(str(tmp_path))
+    saved = tmp_path / "model" / "base" if train in ("prefix", "prompt") else tmp_path / "model"
+    model = AutoModelForSequenceClassification.from_pretrained(saved)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert torch.equal(model.bert.embeddings.word_embeddings.weight, word.float())
+    loaded = dict(model.named_parameters())
+    for name, master in trained.items():
+        if "lora_" not in name and "prompt_encoder" not in name:
+            plain = name.replace("base_model.model.", "").replace("base_model.", "")
+            plain = plain.replace("modules_to_save.default.", "")
+            assert torch.equal(loaded[plain], master), name  # not rounded
+
+
+def test_lora_is_merged_in_float32(make_trainer, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    trainer = make_trainer(train="lora", steps=4, backbone_dtype="bfloat16")
+    for i in range(4):
+        trainer.step(i)
+    load = AutoModelForSequenceClassification.from_pretrained
+    base = load(trainer.settings.model, num_labels=2, dtype=torch.bfloat16).float()
+    trainer.save(str(tmp_path))
+    adapted, merged = PeftModel.from_pretrained(base, tmp_path / "adapter"), load(tmp_path / "model")
+    with torch.no_grad():
+        ids = torch.arange(5, 15)[None]
+        torch.testing.assert_close(
+            adapted.eval()(ids).logits, merged.eval()(ids).logits, rtol=1e-5, atol=1e-5
+        )
 
 
 def test_masters_keep_updates_that_bfloat16_would_round_away():

@@ -27,6 +27,7 @@ DEFAULTS = {
     "attention": "fastattn",
     "recompute": "auto",
     "dtype": "float32",
+    "backbone_dtype": None,
     "epochs": 1,
     "steps": None,
     "batch_size": 16,
@@ -81,6 +82,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=["float32", "bfloat16"],
         help="of weights and activations (float32); the optimizer is fp32",
+    )
+    model.add_argument(
+        "--backbone-dtype",
+        choices=["float32", "bfloat16"],
+        help="of the frozen weights and their activations alone (as --dtype)",
     )
 
     how = parser.add_argument_group("how long and how fast")
@@ -204,6 +210,8 @@ def _settings(given: dict, method: str) -> rules.Settings:
         raise UserInputError("--test-data goes with --data; the built-in tasks have test sets of their own")
     if values["lr"] is None:
         values["lr"] = rules.default_lr(method)
+    values["backbone_dtype"] = values["backbone_dtype"] or values["dtype"]
+    rules.check_dtypes(method, values["dtype"], values["backbone_dtype"])
     return rules.Settings(**values)
 
 

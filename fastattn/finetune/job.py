@@ -69,12 +69,7 @@ def fine_tune(settings: Settings, directory: Path, command: str, stop: Stop, res
     """
     dataset = load_dataset(settings)
     tokenizer = models.load_tokenizer(settings.model)
-    limit = encoding.longest_allowed(tokenizer, models.load_config(settings.model))
-    max_length = settings.max_length or limit
-    if max_length > limit:
-        raise UserInputError(
-            f"--max-length {max_length} is more than the {limit} tokens that {settings.model} can read"
-        )
+    max_length = _max_length(settings, tokenizer)
     train, test = encoding.encode_dataset(dataset, tokenizer, max_length, directory / ENCODED)
     notes = [*dataset.notes, *_truncation(train, test, max_length)]
     total = settings.total_steps(len(train))
@@ -294,6 +289,20 @@ def _plain_check(directory: Path, dataset: datasets.Dataset, max_length: int, te
         "accuracy_here": float(np.mean(np.array(ours) == labels[chosen])),
         "different_labels": sum(a != b for a, b in zip(theirs, ours, strict=True)),
     }
+
+
+def _max_length(settings: Settings, tokenizer) -> int:
+    """Tokens of a text, special ones included: as asked for, or as many as the model can read."""
+    limit = encoding.longest_allowed(tokenizer, models.load_config(settings.model)) - settings.virtual_tokens
+    besides = f" besides {settings.virtual_tokens} virtual ones" if settings.virtual_tokens else ""
+    if limit < 1:
+        raise UserInputError(f"{settings.model} reads too few tokens for {settings.train} tuning")
+    if (settings.max_length or 0) > limit:
+        raise UserInputError(
+            f"--max-length {settings.max_length} is more than the {limit} tokens that {settings.model} "
+            f"can read{besides}"
+        )
+    return settings.max_length or limit
 
 
 def _truncation(train: encoding.Encoded, test: encoding.Encoded, max_length: int) -> list[str]:

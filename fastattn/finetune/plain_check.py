@@ -1,10 +1,11 @@
-"""Classifies texts with plain transformers. Run as a script, so that fastattn is never imported.
+"""Classifies texts with plain transformers, and peft for virtual tokens. Run as a script, without fastattn.
 
 Reads {"model", "texts", "max_length"} as JSON from standard input, prints the labels' numbers.
 """
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -13,7 +14,13 @@ BATCH = 32
 
 request = json.load(sys.stdin)
 tokenizer = AutoTokenizer.from_pretrained(request["model"])
-model = AutoModelForSequenceClassification.from_pretrained(request["model"], dtype="auto").eval()
+if (Path(request["model"]) / "adapter_config.json").is_file():
+    from peft import PeftModel
+
+    base = AutoModelForSequenceClassification.from_pretrained(Path(request["model"]) / "base", dtype="auto")
+    model = PeftModel.from_pretrained(base, request["model"]).eval()
+else:
+    model = AutoModelForSequenceClassification.from_pretrained(request["model"], dtype="auto").eval()
 by_length = sorted(range(len(request["texts"])), key=lambda i: len(request["texts"][i]))
 labels = [0] * len(by_length)
 with torch.no_grad():

@@ -53,11 +53,10 @@ def predict(directory: str, texts: list[str], attention: str) -> tuple[list[tupl
     from fastattn.finetune import model as models
     from fastattn.finetune.encoding import longest_allowed
 
-    if not (Path(directory) / "config.json").is_file():
-        raise UserInputError(f"{directory} holds no saved model: it has no config.json")
+    _check_model(Path(directory))
     tokenizer = models.load_tokenizer(directory)
     model, refused = models.load_classifier(directory, attention)
-    longest = longest_allowed(tokenizer, model.config)
+    longest = longest_allowed(tokenizer, model.config) - _virtual_tokens(model)
     results: list = [None] * len(texts)
     by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     with torch.no_grad():
@@ -74,6 +73,20 @@ def predict(directory: str, texts: list[str], attention: str) -> tuple[list[tupl
             for row, i, p in zip(rows, label.tolist(), probability.tolist(), strict=True):
                 results[row] = (model.config.id2label[i], p)
     return results, refused
+
+
+def _check_model(directory: Path) -> None:
+    from fastattn.finetune.model import ADAPTER_CONFIG, BASE
+
+    if (directory / ADAPTER_CONFIG).is_file():
+        if not (directory / BASE / "config.json").is_file():
+            raise UserInputError(f"{directory} holds an adapter alone; give the folder model/ beside it")
+    elif not (directory / "config.json").is_file():
+        raise UserInputError(f"{directory} holds no saved model: it has no config.json")
+
+
+def _virtual_tokens(model) -> int:
+    return getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)
 
 
 def _texts(arguments: argparse.Namespace) -> list[str]:

@@ -9,11 +9,20 @@ from dataclasses import dataclass
 
 from fastattn.finetune.errors import UserInputError
 
-__all__ = ["ARMS", "METHODS", "Settings", "check_method", "default_lr"]
+__all__ = ["ARMS", "METHODS", "VIRTUAL_TOKENS", "Settings", "check_dtypes", "check_method", "default_lr"]
 
 ARMS = ("fastattn", "sdpa", "eager")  # how attention is computed: patched, or one of transformers' own ways
-METHODS = "head, lora, bitfit, ln, last-N (last-2 trains the last two layers), full"
-NOT_YET = ("prefix", "prompt")
+METHODS = "head, lora, prefix, prompt, bitfit, ln, last-N (last-2 trains the last two layers), full"
+VIRTUAL_TOKENS = 20  # that prefix and prompt put before each text
+LEARNING_RATES = {
+    "head": 5e-3,
+    "lora": 2e-3,
+    "prefix": 1e-2,
+    "prompt": 1e-2,
+    "bitfit": 2e-3,
+    "ln": 2e-3,
+    "full": 5e-5,
+}
 WARM_UP = (
     0.1  # share of the steps during which the learning rate rises; after it, it falls to zero, both linearly
 )
@@ -31,7 +40,8 @@ class Settings:
     train: str
     attention: str
     recompute: str
-    dtype: str
+    dtype: str  # of what is trained
+    backbone_dtype: str  # of what is frozen
     epochs: int
     steps: int | None  # given, it takes the place of epochs
     batch_size: int
@@ -44,6 +54,16 @@ class Settings:
 
     def total_steps(self, training_texts: int) -> int:
         return self.steps or self.epochs * math.ceil(training_texts / self.batch_size)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the frozen weights have fewer bits than the trained ones."""
+        return self.backbone_dtype != self.dtype
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions of the model's that its texts cannot have."""
+        return VIRTUAL_TOKENS if self.train in ("prefix", "prompt") else 0
 
     def learning_rate(self, step: int, total: int) -> float:
         """For the step-th update, counted from 0."""
@@ -61,15 +81,29 @@ class Settings:
         return cls(**saved)
 
 
+def check_dtypes(method: str, dtype: str, backbone_dtype: str) -> None:
+    """Frozen weights may have fewer bits than the trained ones, where there are frozen weights."""
+    if backbone_dtype == dtype:
+        return
+    if dtype == "bfloat16":
+        raise UserInputError(
+            f"--backbone-dtype {backbone_dtype} with --dtype {dtype} rounds what learns and not what is "
+            "frozen; leave one out"
+        )
+    if method == "full":
+        raise UserInputError(
+            f"--backbone-dtype {backbone_dtype}: --train full leaves nothing frozen; "
+            f"--dtype {backbone_dtype} rounds everything"
+        )
+
+
 def check_method(method: str) -> str:
     """The method itself, or an error that lists what there is."""
-    if method in NOT_YET:
-        raise UserInputError(f"--train {method} is not there yet; there are {METHODS}")
-    if method in ("head", "lora", "bitfit", "ln", "full") or re.fullmatch(r"last-[1-9]\d*", method):
+    if method in LEARNING_RATES or re.fullmatch(r"last-[1-9]\d*", method):
         return method
     raise UserInputError(f"--train {method} is none of {METHODS}")
 
 
 def default_lr(method: str) -> float:
     """Few trained parameters bear, and in a short run need, a far larger rate than many."""
-    return {"head": 5e-3, "lora": 2e-3, "bitfit": 2e-3, "ln": 2e-3, "full": 5e-5}.get(method, 1e-4)
+    return LEARNING_RATES.get(method, 1e-4)

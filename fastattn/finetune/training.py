@@ -46,7 +46,7 @@ class AdamWithMasters:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        self._round_back()
+        self.write_back()
 
     def state(self) -> dict:
         trained = {name: master.detach() for name, master in self.masters.items()}
@@ -59,10 +59,11 @@ class AdamWithMasters:
             for name, value in state["trained"].items():
                 self.masters[name].copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
-        self._round_back()
+        self.write_back()
 
     @torch.no_grad()
-    def _round_back(self) -> None:
+    def write_back(self) -> None:
+        """The fp32 copies, rounded to what the parameters hold, into these."""
         for name, p in self.parameters.items():
             if self.masters[name] is not p:
                 p.copy_(self.masters[name])
@@ -163,6 +164,9 @@ class Trainer:
 
     def save(self, directory: str) -> list[str]:
         """`model/` (and `adapter/`) in `directory`; the trainer is done after it."""
+        if self.settings.mixed:  # so that nothing trained is rounded; what was frozen is exact in float32
+            self.model.float()
+            self.optimizer.write_back()
         written = save_model(self.model, self.tokenizer, Path(directory))
         self.model = self.optimizer = None
         return written

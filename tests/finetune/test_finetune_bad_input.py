@@ -67,8 +67,10 @@ def test_files(finetune, tmp_path):
 def test_arguments(finetune, tmp_path):
     one_sentence(finetune("--max-length", "33"), "--max-length 33", "32 tokens")
     one_sentence(finetune("--train", "everything"), "--train everything", "head, lora")
-    one_sentence(finetune("--train", "prefix"), "not there yet")
+    one_sentence(finetune("--train", "prefix", "--max-length", "13"), "12 tokens", "20 virtual ones")
     one_sentence(finetune("--train", "head", "head"), "twice")
+    one_sentence(finetune("--train", "full", "--backbone-dtype", "bfloat16"), "nothing frozen")
+    one_sentence(finetune("--dtype", "bfloat16", "--backbone-dtype", "float32"), "leave one out")
     one_sentence(finetune("--task", "topics"), "--task and --data")
     one_sentence(finetune(model=tmp_path / "nowhere"), "nowhere", "cannot be loaded")
     one_sentence(
@@ -170,6 +172,9 @@ def test_predict(tmp_path, capsys, monkeypatch, tiny_model):
     fails("give one", tiny_model, "text", "--file", str(tmp_path / "latin.txt"))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
     fails("standard input is empty", tiny_model)
+    shutil.copytree(tiny_model, tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    fails("an adapter alone", str(tmp_path / "adapter"), "text")
     broken = shutil.copytree(tiny_model, tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"no weights")
     fails("cannot be loaded", str(broken), "text")

@@ -83,7 +83,7 @@ class CudaBackend:
         return None
 
     def architectures(self) -> str:
-        """What the library was compiled for, such as "80,90a-real": sm_80, with PTX for newer ones, and Hopper."""
+        """What the library was compiled for, such as "80,90a-real": sm_80, PTX for newer ones, and Hopper."""
         return self._library.fastattn_cuda_architectures().decode()
 
     def supports(self, problem: AttentionProblem) -> str | None:

@@ -238,10 +238,11 @@ FASTATTN_API fastattn_status fastattn_cuda_device(int32_t device, int32_t* capab
 /* The number of splits that fills a device of num_sms multiprocessors where queries are few (decoding). */
 FASTATTN_API int32_t fastattn_cuda_num_splits(const fastattn_problem* problem, int32_t num_sms);
 
-/* The kernel that a forward pass takes on a device of this capability: architecture and matrix instruction,
- * or null after an error. */
+/* The kernels that a pass takes on a device of this capability: architecture and matrix instruction, or
+ * null after an error. */
 FASTATTN_API const char* fastattn_cuda_forward_kernel(const fastattn_problem* problem, int32_t capability,
                                                       int32_t num_splits);
+FASTATTN_API const char* fastattn_cuda_backward_kernels(const fastattn_problem* problem, int32_t capability);
 
 /* Bytes of workspace that a call of the same arguments needs; addresses in the structs count only by
  * being null or not and by their alignment. */

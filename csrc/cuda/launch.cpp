@@ -13,6 +13,8 @@ namespace fastattn {
 namespace {
 
 constexpr uint32_t kAdditive = kFeatureBias | kFeatureRelative | kFeatureAlibi;
+constexpr const char* kName = "sm_80 mma.sync";
+constexpr const char* kHopperName = "sm_90a wgmma";
 constexpr uint32_t kAll = kFeatureSoftcap | kAdditive | kFeatureDropout;
 
 // Whether a variant computes what is needed. Only the variant of everything asks at run time what is there
@@ -50,21 +52,22 @@ fastattn_status device_capability(int device, int32_t& capability) {
   return FASTATTN_OK;
 }
 
-// Launches the forward kernel: that of Hopper where the device is one and it serves, else that of `set`.
-fastattn_status launch_forward(const fastattn_problem& p, const KernelSet& set, const Params& x,
-                               cudaStream_t stream) {
+// Hopper's kernels, where the current device is one and they serve in the place of `set`; else null.
+fastattn_status find_hopper(const KernelSet& set, const sm90::KernelSet*& hopper) {
   int device = 0, capability = 0;
   CHECK(check_cuda(cudaGetDevice(&device), "asking for the device"));
   CHECK(device_capability(device, capability));
-  const auto blocks = [&](const auto& kernel) {
-    return ceil_div64(p.seqlen_q, kernel.block_q) * x.splits * p.num_heads * p.batch;
-  };
-  const sm90::ForwardKernel* hopper = sm90::find_forward(set, capability, x.splits);
-  if (hopper == nullptr || blocks(*hopper) == 0)
-    return launch_kernel(set.forward, blocks(set.forward), x, stream);
-  sm90::ForwardParams y;
-  CHECK(sm90::encode_forward(x, *hopper, y));
-  return launch_kernel(*hopper, blocks(*hopper), y, stream);
+  hopper = sm90::find_kernels(set, capability);
+  return FASTATTN_OK;
+}
+
+// Launches a kernel of Hopper's, with its tensor maps.
+fastattn_status launch_mapped(const sm90::Kernel& kernel, int64_t blocks, const Params& x,
+                              cudaStream_t stream) {
+  if (blocks == 0) return FASTATTN_OK;
+  sm90::MappedParams y;
+  CHECK(sm90::encode_maps(x, kernel, y));
+  return launch_kernel(kernel, blocks, y, stream);
 }
 
 fastattn_status run_copies(const Plan& plan, int dtype, cudaStream_t stream) {
@@ -173,7 +176,15 @@ extern "C" const char* fastattn_cuda_forward_kernel(const fastattn_problem* p, i
   if (validate_problem(p) != FASTATTN_OK) return nullptr;
   const KernelSet* set = find_kernels(*p);
   if (set == nullptr) return nullptr;
-  return sm90::find_forward(*set, capability, num_splits) != nullptr ? "sm_90a wgmma" : "sm_80 mma.sync";
+  return num_splits == 1 && sm90::find_kernels(*set, capability) != nullptr ? kHopperName : kName;
+}
+
+extern "C" const char* fastattn_cuda_backward_kernels(const fastattn_problem* p, int32_t capability) {
+  if (validate_problem(p) != FASTATTN_OK) return nullptr;
+  const KernelSet* set = find_kernels(*p);
+  if (set == nullptr) return nullptr;
+  const sm90::KernelSet* hopper = sm90::find_kernels(*set, capability);
+  return hopper != nullptr && hopper->dq.function != nullptr ? kHopperName : kName;
 }
 
 extern "C" fastattn_status fastattn_cuda_forward_workspace(const fastattn_problem* p, int32_t num_splits,
@@ -214,7 +225,13 @@ extern "C" fastattn_status fastattn_cuda_forward(const fastattn_problem* p, cons
 
   const cudaStream_t stream = static_cast<cudaStream_t>(launch->stream);
   CHECK(run_copies(plan, p->dtype, stream));
-  CHECK(launch_forward(*p, *set, x, stream));
+  const sm90::KernelSet* hopper = nullptr;
+  if (x.splits == 1) CHECK(find_hopper(*set, hopper));
+  const auto blocks = [&](const auto& kernel) {
+    return ceil_div64(p->seqlen_q, kernel.block_q) * x.splits * p->num_heads * p->batch;
+  };
+  CHECK(hopper != nullptr ? launch_mapped(hopper->forward, blocks(hopper->forward), x, stream)
+                          : launch_kernel(set->forward, blocks(set->forward), x, stream));
   if (x.splits > 1) CHECK(check_cuda(launch_combine(x, p->dtype, stream), "launching the merge of splits"));
   CHECK(fill_outside(*p, x.out, true, p->num_heads, p->head_dim_v, element_bytes(p->dtype), 0, stream));
   const TensorArg lse = {x.lse.data, 0, x.lse.stride_h, 1, false};
@@ -240,18 +257,28 @@ extern "C" fastattn_status fastattn_cuda_backward(const fastattn_problem* p, con
   // same.
   CHECK(check_cuda(launch_row_statistics(x, p->dtype, stream), "launching the row statistics"));
 
-  const auto key_blocks = [&](const Kernel& kernel) {
+  const sm90::KernelSet* hopper;
+  CHECK(find_hopper(*set, hopper));
+  const auto key_blocks = [&](const auto& kernel) {
     return ceil_div64(p->seqlen_k, kernel.block_k) * p->num_kv_heads * p->batch;
   };
-  if (set->dkdv.function != nullptr && (x.dk.data != nullptr || x.dv.data != nullptr))
-    CHECK(launch_kernel(set->dkdv, key_blocks(set->dkdv), x, stream));
-  if (set->dk.function != nullptr && x.dk.data != nullptr)
-    CHECK(launch_kernel(set->dk, key_blocks(set->dk), x, stream));
-  if (set->dv.function != nullptr && x.dv.data != nullptr)
-    CHECK(launch_kernel(set->dv, key_blocks(set->dv), x, stream));
+  const bool want_dk = x.dk.data != nullptr, want_dv = x.dv.data != nullptr;
+  if (hopper != nullptr && hopper->dkdv.function != nullptr) {
+    const sm90::Kernel& kernel = want_dk && want_dv ? hopper->dkdv : want_dk ? hopper->dk : hopper->dv;
+    if (want_dk || want_dv) CHECK(launch_mapped(kernel, key_blocks(kernel), x, stream));
+  } else {
+    if (set->dkdv.function != nullptr && (want_dk || want_dv))
+      CHECK(launch_kernel(set->dkdv, key_blocks(set->dkdv), x, stream));
+    if (set->dk.function != nullptr && want_dk) CHECK(launch_kernel(set->dk, key_blocks(set->dk), x, stream));
+    if (set->dv.function != nullptr && want_dv) CHECK(launch_kernel(set->dv, key_blocks(set->dv), x, stream));
+  }
   if (x.dq.data != nullptr) {
-    const int64_t blocks = ceil_div64(p->seqlen_q, set->dq.block_q) * p->num_heads * p->batch;
-    CHECK(launch_kernel(set->dq, blocks, x, stream));
+    const auto blocks = [&](const auto& kernel) {
+      return ceil_div64(p->seqlen_q, kernel.block_q) * p->num_heads * p->batch;
+    };
+    CHECK(hopper != nullptr && hopper->dq.function != nullptr
+              ? launch_mapped(hopper->dq, blocks(hopper->dq), x, stream)
+              : launch_kernel(set->dq, blocks(set->dq), x, stream));
   }
   CHECK(fill_outside(*p, x.dq, true, p->num_heads, p->head_dim, element_bytes(p->dtype), 0, stream));
   CHECK(fill_outside(*p, x.dk, false, p->num_kv_heads, p->head_dim, element_bytes(p->dtype), 0, stream));

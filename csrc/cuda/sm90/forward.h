@@ -2,22 +2,17 @@
 //
 // Two consumer warpgroups own 64 queries each; one thread of a third loads tiles by TMA into rings of stages.
 // A consumer issues the scores of the next tile before the product of the present weights and values, so that
-// the tensor cores work through both while it computes exponentials, and the two take turns at issuing, so
+// the tensor cores block through both while it computes exponentials, and the two take turns at issuing, so
 // that one computes exponentials while the other's products run (Shah et al. 2024, FlashAttention-3).
 #pragma once
 
 #include "../sm80/careful.h"
 #include "../sm80/softmax.h"
-#include "params.h"
-#include "ring.h"
-#include "tile.h"
+#include "query_block.h"
 
 namespace fastattn::sm90 {
 
-constexpr int kConsumerWarps = 8, kConsumers = kConsumerWarps * 32, kThreads = kConsumers + 128;
-
-// Named barriers; 0 is __syncthreads.
-enum Barrier : uint32_t { kTurnOfFirst = 1, kTurnOfSecond, kAllConsumers };
+constexpr uint32_t kTurnOfFirst = 2, kTurnOfSecond = 3;  // named barriers
 
 template <typename T, int kDim>
 struct ForwardShape {
@@ -32,69 +27,6 @@ struct ForwardShape {
   static_assert(kSharedBytes <= 227 * 1024);
 };
 
-// Where a block works, known to producer and consumers alike.
-template <typename Shape>
-struct Work {
-  int head, first_q;
-  Sequence s;
-  Band band;
-  TileWalk walk;
-  uint32_t shared;
-
-  __device__ __forceinline__ Work(const Params& p, const Place& place, int q_tiles, uint32_t base)
-      : head(place.head),
-        // Blocks with the most keys under a causal mask come first in the grid.
-        first_q((q_tiles - 1 - place.tile) * Shape::kBlockQ),
-        s(p, place.batch),
-        band(p, s),
-        walk(walk_keys<Shape::kBlockK>(p, s, band, first_q, Shape::kBlockQ)),
-        shared(base) {}
-
-  // Computed anew wherever it is asked for: kept from one end of the kernel to the other, it would cost the
-  // loops registers.
-  __device__ __forceinline__ static Work here(const Params& p, uint32_t base) {
-    int q_tiles = ceil_div(p.len_q, Shape::kBlockQ);
-    ptx::pin(q_tiles);
-    return Work(p, Place(q_tiles, p.heads), q_tiles, base);
-  }
-
-  __device__ __forceinline__ uint32_t q_barrier() const { return shared + Shape::kBarriers; }
-  __device__ __forceinline__ Ring<Shape::kStages> keys() const { return {q_barrier() + 8}; }
-  __device__ __forceinline__ Ring<Shape::kStages> values() const {
-    return {q_barrier() + 8 + Ring<Shape::kStages>::kBytes};
-  }
-  __device__ __forceinline__ uint32_t key_tile(int n) const {
-    return shared + Shape::kKeys + n % Shape::kStages * Shape::KTile::kBytes;
-  }
-  __device__ __forceinline__ uint32_t value_tile(int n) const {
-    return shared + Shape::kValues + n % Shape::kStages * Shape::KTile::kBytes;
-  }
-};
-
-// One thread: a tile's panels, rows `row` on.
-template <typename Tile>
-__device__ __forceinline__ void load_panels(uint32_t tile, const TensorMap& x, uint32_t barrier, int64_t row,
-                                            int head, int batch) {
-#pragma unroll
-  for (int panel = 0; panel < Tile::kPanels; ++panel)
-    ptx::tensor_load_4d(tile + panel * Tile::kPanelBytes, &x.map, barrier, panel * Tile::kPanelCols, int(row),
-                        head * x.head_step, batch * x.batch_step);
-}
-
-// One thread: tiles `from` on of the rings, in the order of the walk.
-template <typename Shape>
-__device__ __forceinline__ void produce(const ForwardParams& x, const Work<Shape>& work, int from) {
-  using KTile = typename Shape::KTile;
-  const int head = work.head / x.params.group, batch = work.s.batch;
-#pragma unroll 1
-  for (int step = 0; step < work.walk.count(); ++step) {
-    const int64_t row = work.s.first_k + work.walk.at(step) * Shape::kBlockK;
-    const int n = from + step;
-    load_panels<KTile>(work.key_tile(n), x.k, work.keys().begin_fill(n, KTile::kBytes), row, head, batch);
-    load_panels<KTile>(work.value_tile(n), x.v, work.values().begin_fill(n, KTile::kBytes), row, head, batch);
-  }
-}
-
 // A consumer warpgroup's accumulators and what it does with a tile.
 template <typename T, int kDim>
 struct Consumer {
@@ -104,7 +36,7 @@ struct Consumer {
   static constexpr int kKeyTiles = Shape::kBlockK / 8, kValueTiles = kDim / 8;
 
   const Params& p;
-  Work<Shape> work;
+  QueryBlock<Shape> block;
   const uint32_t group;  // 0 or 1
   const uint64_t q;      // descriptor of its 64 rows
   const int row;         // this lane's first query
@@ -112,12 +44,12 @@ struct Consumer {
   Operand weights[kKeyTiles / 2];
   OnlineSoftmax<1> softmax;
 
-  __device__ __forceinline__ Consumer(const Params& params, const Work<Shape>& w)
+  __device__ __forceinline__ Consumer(const Params& params, const QueryBlock<Shape>& b)
       : p(params),
-        work(w),
+        block(b),
         group(__shfl_sync(0xffffffffu, threadIdx.x / 128, 0)),
-        q(QTile::rows_descriptor(w.shared + group * 64 * 128)),
-        row(w.first_q + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4) {}
+        q(QTile::rows_descriptor(b.shared + group * 64 * 128)),
+        row(b.first_q + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4) {}
 
   __device__ __forceinline__ void start() {
     clear(out);
@@ -127,31 +59,18 @@ struct Consumer {
   __device__ __forceinline__ void issue_scores(int n) {
     ptx::pin(scores[0]);
     ptx::wgmma_fence();
-    issue_rows<QTile, KTile>(scores[0], q, work.key_tile(n));
+    issue_rows<QTile, KTile>(scores[0], q, block.key_tile(n));
     ptx::wgmma_commit();
   }
   __device__ __forceinline__ void issue_out(int n) {
     ptx::pin(out[0]);
     ptx::wgmma_fence();
-    issue_sum<KTile>(out[0], weights, work.value_tile(n));
+    issue_sum<KTile>(out[0], weights, block.value_tile(n));
     ptx::wgmma_commit();
   }
 
   __device__ __forceinline__ void mask(int step) {
-    const int first_k = work.walk.at(step) * Shape::kBlockK;
-    const KeyBits<Shape::kBlockK> keys(p, work.s, first_k);
-#pragma unroll
-    for (int n = 0; n < kKeyTiles; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int i = row + e / 2 * 8, key = 8 * n + threadIdx.x % 4 * 2 + e % 2;
-        if (!keys.test(key) || !work.band.contains(i, first_k + key)) scores[0][n][e] = -INFINITY;
-      }
-  }
-
-  __device__ __forceinline__ void pack_weights() {
-#pragma unroll
-    for (int step = 0; step < kKeyTiles / 2; ++step) to_operand<T>(weights[step], scores[0], step);
+    mask_tile(scores[0], p, block.s, block.band, row, block.walk.at(step) * Shape::kBlockK, -INFINITY);
   }
 
   // The group's turn to issue products: both take the same number of turns, the first begins.
@@ -169,21 +88,21 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void wait_for_keys(int step) const {
-    if (step < work.walk.count()) work.keys().wait(step);
+    if (step < block.walk.count()) block.keys().wait(step);
   }
 
   // The weights of step 0.
   __device__ __forceinline__ void first_step() {
-    work.keys().wait(0);
+    block.keys().wait(0);
     issue_scores(0);
     ptx::wgmma_wait<0>();
     ptx::pin(scores[0]);
-    work.keys().release(0);
-    if (work.walk.masked() > 0) mask(0);
+    block.keys().release(0);
+    if (block.walk.masked() > 0) mask(0);
     float highest[1][2], factor[1][2];
     if (softmax.find_highest(scores, p.scale_log2, highest)) softmax.move_base(highest, p.scale_log2, factor);
     softmax.weigh(scores, p.scale_log2);
-    pack_weights();
+    pack<T>(weights, scores[0]);
     wait_for_keys(1);
   }
 
@@ -194,12 +113,12 @@ struct Consumer {
   __device__ __forceinline__ void step_over(int step) {
     take_turn();
     issue_scores(step);
-    work.values().wait(step - 1);
+    block.values().wait(step - 1);
     issue_out(step - 1);
     pass_turn();
     ptx::wgmma_wait<1>();
     ptx::pin(scores[0]);
-    work.keys().release(step);
+    block.keys().release(step);
     if constexpr (kMasked) mask(step);
     float highest[1][2], factor[1][2] = {{1.0f, 1.0f}};
     const bool moves = softmax.find_highest(scores, p.scale_log2, highest);
@@ -208,23 +127,23 @@ struct Consumer {
     wait_for_keys(step + 1);
     ptx::wgmma_wait<0>();
     ptx::pin(out[0]);
-    work.values().release(step - 1);
+    block.values().release(step - 1);
     if (moves) softmax.rescale(out, factor);
-    pack_weights();
+    pack<T>(weights, scores[0]);
   }
 
   __device__ __forceinline__ void last_product() {
-    const int last = work.walk.count() - 1;
-    work.values().wait(last);
+    const int last = block.walk.count() - 1;
+    block.values().wait(last);
     issue_out(last);
     ptx::wgmma_wait<0>();
     ptx::pin(out[0]);
-    work.values().release(last);
+    block.values().release(last);
   }
 
   __device__ __forceinline__ void run() {
     start();
-    const int count = work.walk.count(), masked = work.walk.masked();
+    const int count = block.walk.count(), masked = block.walk.masked();
     if (count == 0) return;
     begin_turns();
     first_step();
@@ -242,96 +161,92 @@ struct Consumer {
   __device__ __forceinline__ void run_carefully(int from, uint32_t* notes) {
     start();
 #pragma unroll 1
-    for (int step = 0; step < work.walk.count(); ++step) {
-      const int n = from + step, first_k = work.walk.at(step) * Shape::kBlockK;
-      work.keys().wait(n);
+    for (int step = 0; step < block.walk.count(); ++step) {
+      const int n = from + step, first_k = block.walk.at(step) * Shape::kBlockK;
+      block.keys().wait(n);
       issue_scores(n);
       ptx::wgmma_wait<0>();
       ptx::pin(scores[0]);
-      work.keys().release(n);
+      block.keys().release(n);
       mask(step);
       softmax.update(scores, out, p.scale_log2);
-      pack_weights();
-      work.values().wait(n);
-      Shape::Clean::template clean<kConsumers>(work.value_tile(n), notes);
+      pack<T>(weights, scores[0]);
+      block.values().wait(n);
+      Shape::Clean::template clean<kConsumers>(block.value_tile(n), notes);
       ptx::fence_proxy_async();
       ptx::named_barrier_sync(kAllConsumers, kConsumers);
       issue_out(n);
       ptx::wgmma_wait<0>();
       ptx::pin(out[0]);
-      work.values().release(n);
-      Shape::Clean::spoil(out, notes, KeyBits<Shape::kBlockK>(p, work.s, first_k), work.band, row, first_k);
+      block.values().release(n);
+      Shape::Clean::spoil(out, notes, KeyBits<Shape::kBlockK>(p, block.s, first_k), block.band, row, first_k);
       ptx::named_barrier_sync(kAllConsumers, kConsumers);
     }
   }
 
   // A warp's rows of the q tile are its own: they take its results on the way out.
   __device__ __forceinline__ void store() {
-    const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16, head = work.head;
+    const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16, head = block.head;
     float inverse[2], lse[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       softmax.finish(0, half, inverse[half], lse[half]);
       const int i = row + 8 * half;
-      if (p.lse.data != nullptr && lane % 4 == 0 && i < work.s.len_q)
-        row_pointer(p.lse, work.s, head)[i] = lse[half];
+      if (p.lse.data != nullptr && lane % 4 == 0 && i < block.s.len_q)
+        row_pointer(p.lse, block.s, head)[i] = lse[half];
     }
-    store_accumulators<QTile>(work.shared, warp_row, out[0], inverse[0], inverse[1]);
+    store_accumulators<QTile>(block.shared, warp_row, out[0], inverse[0], inverse[1]);
     __syncwarp();
-    store_rows<QTile, 16>(work.shared, warp_row, query_matrix<T>(p.out, work.s, head, p.dim_v), work.first_q);
+    store_rows<QTile, 16>(block.shared, warp_row, query_matrix<T>(p.out, block.s, head, p.dim_v),
+                          block.first_q);
   }
 };
 
 template <typename T, int kDim>
-__global__ void __launch_bounds__(kThreads, 1) forward(const __grid_constant__ ForwardParams x) {
+__global__ void __launch_bounds__(kThreads, 1) forward(const __grid_constant__ MappedParams x) {
   using Shape = ForwardShape<T, kDim>;
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t base = ptx::shared_address(shared);
-  Work<Shape> work = Work<Shape>::here(x.params, base);
-  if (work.first_q >= work.s.len_q) return;
-  if (threadIdx.x == kConsumers) {
-    ptx::mbarrier_init(work.q_barrier(), 1);
-    work.keys().init(kConsumerWarps);
-    work.values().init(kConsumerWarps);
-    ptx::fence_barrier_init();
-  }
+  QueryBlock<Shape> block = QueryBlock<Shape>::here(x.params, base);
+  if (block.first_q >= block.s.len_q) return;
+  if (threadIdx.x == kConsumers) block.init_barriers();
   __syncthreads();
-  const int count = work.walk.count();
+  const int count = block.walk.count();
 
   if (threadIdx.x >= kConsumers) {
     ptx::release_registers<24>();
     const bool loads = threadIdx.x == kConsumers;
     if (loads) {
-      ptx::mbarrier_arrive_expect(work.q_barrier(), Shape::QTile::kBytes);
-      load_panels<typename Shape::QTile>(work.shared, x.q, work.q_barrier(), work.s.first_q + work.first_q,
-                                         work.head, work.s.batch);
-      produce(x, work, 0);
+      ptx::mbarrier_arrive_expect(block.own_barrier(), Shape::QTile::kBytes);
+      load_panels<typename Shape::QTile>(block.shared, x.q, block.own_barrier(),
+                                         block.s.first_q + block.first_q, block.head, block.s.batch);
+      produce(x, block, 0);
     }
     __syncwarp();
     if (__syncthreads_or(false)) {
-      work.walk.mask_all();
-      if (loads) produce(x, work, count);
+      block.walk.mask_all();
+      if (loads) produce(x, block, count);
     }
     return;
   }
 
   ptx::acquire_registers<240>();
-  Consumer<T, kDim> consumer(x.params, work);
-  ptx::mbarrier_wait(work.q_barrier(), 0);
+  Consumer<T, kDim> consumer(x.params, block);
+  ptx::mbarrier_wait(block.own_barrier(), 0);
   consumer.run();
   const bool spoilt = __syncthreads_or(!all_finite(consumer.out));
-  consumer.work = Work<Shape>::here(x.params, base);
+  consumer.block = QueryBlock<Shape>::here(x.params, base);
   if (spoilt) {
-    consumer.work.walk.mask_all();
+    consumer.block.walk.mask_all();
     consumer.run_carefully(count, reinterpret_cast<uint32_t*>(shared + Shape::kNotes));
   }
   consumer.store();
 }
 
 template <typename T, int kDim>
-ForwardKernel forward_kernel(int dtype) {
+Kernel forward_kernel() {
   using Shape = ForwardShape<T, kDim>;
-  return {dtype, kDim, forward<T, kDim>, kThreads, Shape::kSharedBytes, Shape::kBlockQ, Shape::kBlockK};
+  return {forward<T, kDim>, kThreads, Shape::kSharedBytes, Shape::kBlockQ, Shape::kBlockK};
 }
 
 }  // namespace fastattn::sm90

@@ -51,14 +51,14 @@ fastattn_status encode(Encode encoder, const Params& p, const TensorArg& tensor,
 
 }  // namespace
 
-const ForwardKernel* find_forward(const KernelSet& set, int capability, int splits) {
-  if (capability != 90 || set.features != 0 || splits > 1) return nullptr;
-  for (const ForwardKernel* const* at = kForwardKernels; *at != nullptr; ++at)
+const KernelSet* find_kernels(const fastattn::KernelSet& set, int capability) {
+  if (capability != 90 || set.features != 0) return nullptr;
+  for (const KernelSet* const* at = kKernelSets; *at != nullptr; ++at)
     if ((*at)->dtype == set.dtype && (*at)->dim == set.dim) return *at;
   return nullptr;
 }
 
-fastattn_status encode_forward(const Params& p, const ForwardKernel& kernel, ForwardParams& x) {
+fastattn_status encode_maps(const Params& p, const Kernel& kernel, MappedParams& x) {
   Encode encoder = nullptr;
   fastattn_status status = find_encoder(encoder);
   const bool packed = p.cu_q != nullptr;
@@ -71,7 +71,8 @@ fastattn_status encode_forward(const Params& p, const ForwardKernel& kernel, For
     TensorMap& map;
   } tensors[] = {{p.q, p.heads, queries, p.load_dim, kernel.block_q, x.q},
                  {p.k, p.kv_heads, keys, p.load_dim, kernel.block_k, x.k},
-                 {p.v, p.kv_heads, keys, p.load_dim_v, kernel.block_k, x.v}};
+                 {p.v, p.kv_heads, keys, p.load_dim_v, kernel.block_k, x.v},
+                 {p.dout, p.heads, queries, p.load_dim_v, kernel.block_q, x.dout}};
   for (const auto& t : tensors) {
     if (status != FASTATTN_OK) return status;
     status = encode(encoder, p, t.tensor, t.heads, t.rows, t.cols, t.block_rows, p.q.data, t.map);

@@ -6,14 +6,14 @@
 
 namespace fastattn::sm90 {
 
-// The kernel that serves in the place of the sm_80 ones of `set`, or null. They run on compute capability 9.0
-// only, and compute what the plain variant does.
-const ForwardKernel* find_forward(const KernelSet& set, int capability, int splits);
+// The kernels that serve in the place of some of `set`, or null. They run on compute capability 9.0 only, and
+// compute what the plain variant does.
+const KernelSet* find_kernels(const fastattn::KernelSet& set, int capability);
 
-// Tensor maps of q, k and v. Finds the driver's encoder through the runtime: nothing links against the
+// Tensor maps of q, k, v and dout. Finds the driver's encoder through the runtime: nothing links against the
 // driver.
-fastattn_status encode_forward(const Params& params, const ForwardKernel& kernel, ForwardParams& x);
+fastattn_status encode_maps(const Params& params, const Kernel& kernel, MappedParams& x);
 
-extern const ForwardKernel* const kForwardKernels[];  // ends with null; written by CMake from its table
+extern const KernelSet* const kKernelSets[];  // ends with null; written by CMake from its table
 
 }  // namespace fastattn::sm90

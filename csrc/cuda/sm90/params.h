@@ -14,19 +14,24 @@ struct TensorMap {
   int32_t head_step, batch_step;
 };
 
-struct ForwardParams {
-  TensorMap q, k, v;
+struct MappedParams {
+  TensorMap q, k, v, dout;  // dout: in backward
   Params params;
 };
 
-struct ForwardKernel {
-  int dtype;
-  int dim;
-  void (*function)(ForwardParams);
+struct Kernel {
+  void (*function)(MappedParams);
   int threads;
   int shared_bytes;
   int block_q;
   int block_k;
+};
+
+// The kernels of one element type and head dimension; a null function: the sm_80 kernel serves.
+struct KernelSet {
+  int dtype;
+  int dim;
+  Kernel forward, dkdv, dk, dv, dq;
 };
 
 constexpr int kBoxCols = 64;  // 128 bytes: the swizzle's width

@@ -13,7 +13,7 @@ __device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t count) 
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
 
-// Parallel Synchronization: fence.mbarrier_init and fence.proxy.async. Makes initialised barriers visible to
+// Parallel Synchronization: fence.mbarrier_init. Makes initialised barriers visible to
 // the copies that will arrive on them.
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -68,9 +68,11 @@ __device__ __forceinline__ void tensor_load_4d(uint32_t shared, const void* map,
       : "memory");
 }
 
-// Data Movement: prefetch.tensormap.
-__device__ __forceinline__ void prefetch_tensor_map(const void* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+// Data Movement: st.shared.
+__device__ __forceinline__ void store_shared_128(uint32_t shared, uint4 v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w)
+               : "memory");
 }
 
 // Miscellaneous: setmaxnreg. A warpgroup gives registers back, or takes more.

@@ -14,20 +14,22 @@ struct Ring {
   static constexpr int kBytes = 2 * kStages * 8;
   uint32_t barriers;
 
-  __device__ __forceinline__ void init(int consumer_warps) const {
+  // `fillers`: how many arrivals fill a stage, besides the bytes.
+  __device__ __forceinline__ void init(int consumer_warps, int fillers = 1) const {
     for (int stage = 0; stage < kStages; ++stage) {
-      ptx::mbarrier_init(full(stage), 1);
+      ptx::mbarrier_init(full(stage), fillers);
       ptx::mbarrier_init(empty(stage), consumer_warps);
     }
   }
 
-  // The producer: waits until the stage of tile n is free and announces `bytes`. Returns the barrier to copy
-  // to.
-  __device__ __forceinline__ uint32_t begin_fill(int n, uint32_t bytes) const {
-    ptx::mbarrier_wait(empty(n), parity(n) ^ 1);
+  // The producer: waits until the stage of tile n is free; announces `bytes`, arrives and returns the barrier
+  // to copy to; arrives.
+  __device__ __forceinline__ void wait_free(int n) const { ptx::mbarrier_wait(empty(n), parity(n) ^ 1); }
+  __device__ __forceinline__ uint32_t announce(int n, uint32_t bytes) const {
     ptx::mbarrier_arrive_expect(full(n), bytes);
     return full(n);
   }
+  __device__ __forceinline__ void arrive(int n) const { ptx::mbarrier_arrive(full(n)); }
 
   // A consumer: waits for tile n; gives it back.
   __device__ __forceinline__ void wait(int n) const { ptx::mbarrier_wait(full(n), parity(n)); }

@@ -24,7 +24,6 @@ _CACHE_SIZE = 4096
 # struct_size, num_splits, stream, workspace, workspace_bytes, dropout_seed
 _LAUNCH = struct.Struct("@IiQQqQ")
 _LEAST_CAPABILITY = 80
-_BACKWARD_KERNEL = "sm_80 mma.sync"
 _WIDEST_FP32_BIAS_GRADIENT = 128  # head_dim above which its tiles do not fit shared memory
 
 
@@ -83,7 +82,7 @@ class CudaBackend:
         return None
 
     def architectures(self) -> str:
-        """What the library was compiled for, such as "80,90a-real": sm_80, PTX for newer ones, and Hopper."""
+        """What the library was compiled for, such as "80,90a-real": sm_80 and newer by PTX, and Hopper."""
         return self._library.fastattn_cuda_architectures().decode()
 
     def supports(self, problem: AttentionProblem) -> str | None:
@@ -108,13 +107,13 @@ class CudaBackend:
         problem_struct = abi.problem_struct(abi.fixed_part(problem), problem, inputs)
         splits = self._library.fastattn_cuda_num_splits(problem_struct, self._sms(problem))
         capability = self._device(problem.device.index or 0)[0]
-        name = self._library.fastattn_cuda_forward_kernel(problem_struct, capability, splits)
-        if name is None:
+        forward = self._library.fastattn_cuda_forward_kernel(problem_struct, capability, splits)
+        backward = self._library.fastattn_cuda_backward_kernels(problem_struct, capability)
+        if forward is None or backward is None:
             return "none in this library"
-        forward = name.decode()
-        if not problem.need_grad or forward == _BACKWARD_KERNEL:
-            return forward
-        return f"{forward}, backward {_BACKWARD_KERNEL}"
+        if not problem.need_grad or forward == backward:
+            return forward.decode()
+        return f"{forward.decode()}, backward {backward.decode()}"
 
     def forward(
         self, problem: AttentionProblem, inputs: AttentionInputs, out: Tensor, lse: Tensor | None

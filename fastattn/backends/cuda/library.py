@@ -26,6 +26,7 @@ def open_library(path: Path = PATH) -> ctypes.CDLL:
         version = library.fastattn_abi_version()
         forward, backward = library.fastattn_cuda_forward, library.fastattn_cuda_backward
         library.fastattn_cuda_forward_kernel.restype = ctypes.c_char_p
+        library.fastattn_cuda_backward_kernels.restype = ctypes.c_char_p
     except (OSError, AttributeError) as error:
         raise LibraryMissingError(f"{path.name} does not load: {error}") from None
     if version != abi.ABI_VERSION:
@@ -39,6 +40,7 @@ def open_library(path: Path = PATH) -> ctypes.CDLL:
     library.fastattn_cuda_device.argtypes = [ctypes.c_int32, number, number]
     library.fastattn_cuda_num_splits.argtypes = [ctypes.c_char_p, ctypes.c_int32]
     library.fastattn_cuda_forward_kernel.argtypes = [ctypes.c_char_p, ctypes.c_int32, ctypes.c_int32]
+    library.fastattn_cuda_backward_kernels.argtypes = [ctypes.c_char_p, ctypes.c_int32]
     library.fastattn_cuda_forward_workspace.argtypes = [ctypes.c_char_p, ctypes.c_int32, size]
     library.fastattn_cuda_backward_workspace.argtypes = [ctypes.c_char_p, ctypes.c_char_p, size]
     forward.argtypes = backward.argtypes = [ctypes.c_char_p] * 3

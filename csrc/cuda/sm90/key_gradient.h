@@ -1,0 +1,315 @@
+// Gradients of keys and values on Hopper: a block owns 128 keys of one kv head and steps through the queries,
+// of all query heads of its group, that see them. As in sm80/key_gradient.h, scores are computed transposed,
+// so that weights and score gradients already lie in registers as left operands.
+//
+// The products of a step run while the next step's scores are issued, and the weights are computed while v
+// dout^T runs.
+#pragma once
+
+#include "../sm80/key_gradient.h"
+#include "query_block.h"
+
+namespace fastattn::sm90 {
+
+template <typename T, int kDim>
+struct KeyGradientShape {
+  static constexpr int kBlockQ = 64, kBlockK = 128, kStages = 2;
+  using QTile = Tile<T, kBlockQ, kDim>;
+  using KTile = Tile<T, kBlockK, kDim>;
+  // Offsets in shared memory.
+  static constexpr int kValues = KTile::kBytes, kQueries = 2 * KTile::kBytes,
+                       kDouts = kQueries + kStages * QTile::kBytes, kRows = kDouts + kStages * QTile::kBytes,
+                       kRowBytes = kBlockQ * int(sizeof(RowStatistics)),
+                       kBarriers = kRows + kStages * kRowBytes,
+                       kSharedBytes = kBarriers + 8 + 2 * Ring<kStages>::kBytes;
+  static_assert(kSharedBytes <= 227 * 1024);
+};
+
+// Where a block is at work, known to producer and consumers alike.
+template <typename Shape>
+struct KeyBlock {
+  const Params& p;
+  int kv_head, first_k;
+  Sequence s;
+  Band band;
+  HeadWalk walk;
+  uint32_t shared;
+
+  __device__ __forceinline__ KeyBlock(const Params& params, const Place& place, uint32_t base)
+      : p(params),
+        kv_head(place.head),
+        first_k(place.tile * Shape::kBlockK),
+        s(p, place.batch),
+        band(p, s),
+        shared(base) {}
+  __device__ __forceinline__ void set_walk(bool all_keys_visible) {
+    walk = {walk_queries<Shape::kBlockQ>(s, band, first_k, Shape::kBlockK, all_keys_visible), p.group};
+  }
+  __device__ __forceinline__ void at(int step, int& head, int& first_q) const {
+    int tile;
+    walk.at(step, head, tile);
+    head += kv_head * p.group, first_q = tile * Shape::kBlockQ;
+  }
+
+  __device__ __forceinline__ uint32_t own_barrier() const { return shared + Shape::kBarriers; }
+  __device__ __forceinline__ Ring<Shape::kStages> queries() const { return {own_barrier() + 8}; }
+  __device__ __forceinline__ Ring<Shape::kStages> douts() const {
+    return {own_barrier() + 8 + Ring<Shape::kStages>::kBytes};
+  }
+  __device__ __forceinline__ uint32_t query_tile(int n) const {
+    return shared + Shape::kQueries + n % Shape::kStages * Shape::QTile::kBytes;
+  }
+  __device__ __forceinline__ uint32_t dout_tile(int n) const {
+    return shared + Shape::kDouts + n % Shape::kStages * Shape::QTile::kBytes;
+  }
+  __device__ __forceinline__ uint32_t rows(int n) const {
+    return shared + Shape::kRows + n % Shape::kStages * Shape::kRowBytes;
+  }
+};
+
+// One warp: tiles by TMA, and the statistics of their rows, which no copy could cut off at a sequence's end.
+// Queries beyond it get weight exp2(-inf) = 0.
+template <typename Shape>
+__device__ __forceinline__ void produce(const MappedParams& x, const KeyBlock<Shape>& block) {
+  using QTile = typename Shape::QTile;
+  const int lane = threadIdx.x % 32, batch = block.s.batch;
+#pragma unroll 1
+  for (int step = 0; step < block.walk.count(); ++step) {
+    int head, first_q;
+    block.at(step, head, first_q);
+    const int64_t row = block.s.first_q + first_q;
+    block.queries().wait_free(step);
+    if (lane == 0)
+      load_panels<QTile>(block.query_tile(step), x.q, block.queries().announce(step, QTile::kBytes), row,
+                         head, batch);
+    const RowStatistics* rows = row_statistics(x.params, block.s, head);
+    const int i = first_q + 2 * lane;
+    const RowStatistics none{INFINITY, 0.0f};
+    const RowStatistics first = i < block.s.len_q ? rows[i] : none,
+                        second = i + 1 < block.s.len_q ? rows[i + 1] : none;
+    ptx::store_shared_128(block.rows(step) + lane * 2 * int(sizeof(RowStatistics)),
+                          {__float_as_uint(first.lse2), __float_as_uint(first.delta),
+                           __float_as_uint(second.lse2), __float_as_uint(second.delta)});
+    block.queries().arrive(step);
+    block.douts().wait_free(step);
+    if (lane == 0)
+      load_panels<QTile>(block.dout_tile(step), x.dout, block.douts().announce(step, QTile::kBytes), row,
+                         head, batch);
+  }
+}
+
+template <typename T, int kDim, bool kDk, bool kDv>
+struct KeyGradientConsumer {
+  using Shape = KeyGradientShape<T, kDim>;
+  using QTile = typename Shape::QTile;
+  using KTile = typename Shape::KTile;
+  static constexpr int kQueryTiles = Shape::kBlockQ / 8, kOutTiles = kDim / 8;
+
+  const Params& p;
+  const KeyBlock<Shape>& block;
+  const uint64_t k, v;  // descriptors of its 64 rows
+  const int key;        // this lane's keys: this one and key + 8
+  const bool (&visible)[2];
+  float weights[kQueryTiles][4], dscores[kQueryTiles][4];
+  float dk[1][kOutTiles][4], dv[1][kOutTiles][4];
+  Operand left[kQueryTiles / 2], dleft[kQueryTiles / 2];
+
+  __device__ __forceinline__ KeyGradientConsumer(const KeyBlock<Shape>& b, uint32_t group, int first_key,
+                                                 const bool (&keys_visible)[2])
+      : p(b.p),
+        block(b),
+        k(KTile::rows_descriptor(b.shared + group * 64 * 128)),
+        v(KTile::rows_descriptor(b.shared + Shape::kValues + group * 64 * 128)),
+        key(first_key),
+        visible(keys_visible) {}
+
+  // In the packed layout a tile goes on with the next sequence's rows. Their weights are 0, but 0 times NaN
+  // is not.
+  __device__ __forceinline__ void clear_tail(int n) const {
+    int head, first_q;
+    block.at(n, head, first_q);
+    const int rows = block.s.len_q - first_q;
+    if (p.cu_q == nullptr || rows >= Shape::kBlockQ) return;
+    block.douts().wait(n);
+    for (int at = rows * QTile::kChunks + threadIdx.x; at < Shape::kBlockQ * QTile::kChunks;
+         at += kConsumers) {
+      const uint32_t offset = QTile::offset(at / QTile::kChunks, at % QTile::kChunks);
+      ptx::store_shared_128(block.query_tile(n) + offset, {});
+      ptx::store_shared_128(block.dout_tile(n) + offset, {});
+    }
+    ptx::fence_proxy_async();
+    ptx::named_barrier_sync(kAllConsumers, kConsumers);
+  }
+
+  // Scores become weights, and dscores, from the gradient of the weights, that of the scores.
+  __device__ __forceinline__ void weigh(int n) {
+#pragma unroll
+    for (int t = 0; t < kQueryTiles; ++t) {
+      const uint4 rows = statistics(n, t);
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        weights[t][e] =
+            ptx::exp2(fmaf(weights[t][e], p.scale_log2, -__uint_as_float(e % 2 == 0 ? rows.x : rows.z)));
+    }
+  }
+  __device__ __forceinline__ void differentiate(int n) {
+#pragma unroll
+    for (int t = 0; t < kQueryTiles; ++t) {
+      const uint4 rows = statistics(n, t);
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        dscores[t][e] = weights[t][e] * (dscores[t][e] - __uint_as_float(e % 2 == 0 ? rows.y : rows.w));
+    }
+  }
+  // (lse2, delta) of this lane's queries of a tile, 8 t + 2 (lane % 4) and the next.
+  __device__ __forceinline__ uint4 statistics(int n, int t) const {
+    const int query = 8 * t + threadIdx.x % 4 * 2;
+    return ptx::load_shared_128(block.rows(n) + query * int(sizeof(RowStatistics)));
+  }
+  __device__ __forceinline__ void mask(int n) {
+    int head, first_q;
+    block.at(n, head, first_q);
+#pragma unroll
+    for (int t = 0; t < kQueryTiles; ++t)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int i = first_q + 8 * t + threadIdx.x % 4 * 2 + e % 2, j = key + e / 2 * 8;
+        if (visible[e / 2] && block.band.contains(i, j)) continue;
+        weights[t][e] = 0.0f;
+        if (kDk) dscores[t][e] = 0.0f;
+      }
+  }
+
+  // The products of the step before are still running when this begins.
+  template <bool kMasked>
+  __device__ __forceinline__ void step_over(int step) {
+    block.queries().wait(step);
+    if constexpr (kMasked) clear_tail(step);
+    ptx::pin(weights);
+    ptx::wgmma_fence();
+    issue_rows<KTile, QTile>(weights, k, block.query_tile(step));
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<1>();
+    pin_results();
+    if (step > 0) release(step - 1);
+    block.douts().wait(step);
+    if constexpr (kDk) {
+      ptx::pin(dscores);
+      ptx::wgmma_fence();
+      issue_rows<KTile, QTile>(dscores, v, block.dout_tile(step));
+      ptx::wgmma_commit();
+    }
+    ptx::wgmma_wait<kDk ? 1 : 0>();
+    ptx::pin(weights);
+    weigh(step);
+    if constexpr (kDk) {
+      // Keeps the compiler from moving the exponentials behind the end of the product (forward.h).
+      if (step + 1 < block.walk.count()) block.queries().wait(step + 1);
+      ptx::wgmma_wait<0>();
+      ptx::pin(dscores);
+      differentiate(step);
+    }
+    if constexpr (kMasked) mask(step);
+    if constexpr (kDv) pack<T>(left, weights);
+    if constexpr (kDk) pack<T>(dleft, dscores);
+    pin_results();
+    ptx::wgmma_fence();
+    if constexpr (kDv) issue_sum<QTile>(dv[0], left, block.dout_tile(step));
+    if constexpr (kDk) issue_sum<QTile>(dk[0], dleft, block.query_tile(step));
+    ptx::wgmma_commit();
+  }
+  __device__ __forceinline__ void pin_results() {
+    if constexpr (kDv) ptx::pin(dv[0]);
+    if constexpr (kDk) ptx::pin(dk[0]);
+  }
+  __device__ __forceinline__ void release(int n) const {
+    block.queries().release(n);
+    block.douts().release(n);
+  }
+
+  __device__ __forceinline__ void run() {
+    if constexpr (kDk) clear(dk);
+    if constexpr (kDv) clear(dv);
+    const int count = block.walk.count(), masked = block.walk.masked();
+    int step = 0;
+#pragma unroll 1
+    for (; step < masked; ++step) step_over<true>(step);
+#pragma unroll 1
+    for (; step < count; ++step) step_over<false>(step);
+    ptx::wgmma_wait<0>();
+    pin_results();
+  }
+
+  // A warp's rows of the k and v tiles are its own: they take its results on the way out.
+  __device__ __forceinline__ void store() {
+    const int warp_row = threadIdx.x / 32 * 16;
+    const uint32_t k_tile = block.shared, v_tile = block.shared + Shape::kValues;
+    if constexpr (kDk) store_accumulators<KTile>(k_tile, warp_row, dk[0], p.scale, p.scale);
+    if constexpr (kDv) store_accumulators<KTile>(v_tile, warp_row, dv[0], 1.0f, 1.0f);
+    __syncwarp();
+    if constexpr (kDk)
+      store_rows<KTile, 16>(k_tile, warp_row, key_matrix<T>(p.dk, block.s, block.kv_head, p.dim),
+                            block.first_k);
+    if constexpr (kDv)
+      store_rows<KTile, 16>(v_tile, warp_row, key_matrix<T>(p.dv, block.s, block.kv_head, p.dim_v),
+                            block.first_k);
+  }
+};
+
+template <typename T, int kDim, bool kDk, bool kDv>
+__global__ void __launch_bounds__(kThreads, 1) key_gradient(const __grid_constant__ MappedParams x) {
+  using Shape = KeyGradientShape<T, kDim>;
+  using KTile = typename Shape::KTile;
+  extern __shared__ __align__(1024) uint8_t shared[];
+  const Params& p = x.params;
+  const uint32_t base = ptx::shared_address(shared);
+  KeyBlock<Shape> block(p, Place(ceil_div(p.len_k, Shape::kBlockK), p.kv_heads), base);
+  if (block.first_k >= block.s.len_k) return;
+  if (threadIdx.x == kConsumers) {
+    ptx::mbarrier_init(block.own_barrier(), 1);
+    block.queries().init(kConsumerWarps, 1 + 32);
+    block.douts().init(kConsumerWarps);
+    ptx::fence_barrier_init();
+  }
+  const int key = block.first_k + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+  bool visible[2] = {true, true};
+  if (threadIdx.x < kConsumers) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int j = key + 8 * half;
+      visible[half] = j < block.s.len_k &&
+                      (p.key_mask == nullptr || p.key_mask[block.s.batch * p.key_mask_stride_b + j] != 0);
+    }
+  }
+  block.set_walk(__syncthreads_and(visible[0] && visible[1]));
+
+  if (threadIdx.x >= kConsumers) {
+    ptx::release_registers<24>();
+    if (threadIdx.x >= kConsumers + 32) return;
+    if (threadIdx.x == kConsumers) {
+      const int64_t row = block.s.first_k + block.first_k;
+      ptx::mbarrier_arrive_expect(block.own_barrier(), 2 * KTile::kBytes);
+      load_panels<KTile>(base, x.k, block.own_barrier(), row, block.kv_head, block.s.batch);
+      load_panels<KTile>(base + Shape::kValues, x.v, block.own_barrier(), row, block.kv_head, block.s.batch);
+    }
+    __syncwarp();
+    produce(x, block);
+    return;
+  }
+
+  ptx::acquire_registers<240>();
+  KeyGradientConsumer<T, kDim, kDk, kDv> consumer(block, __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), key,
+                                                  visible);
+  ptx::mbarrier_wait(block.own_barrier(), 0);
+  consumer.run();
+  ptx::named_barrier_sync(kAllConsumers, kConsumers);  // nobody reads k and v any more
+  consumer.store();
+}
+
+template <typename T, int kDim, bool kDk, bool kDv>
+Kernel key_gradient_kernel() {
+  using Shape = KeyGradientShape<T, kDim>;
+  return {key_gradient<T, kDim, kDk, kDv>, kThreads, Shape::kSharedBytes, Shape::kBlockQ, Shape::kBlockK};
+}
+
+}  // namespace fastattn::sm90

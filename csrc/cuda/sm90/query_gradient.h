@@ -1,0 +1,216 @@
+// Gradient of queries on Hopper: a block owns 128 queries of one head and steps through the keys they see, as
+// forward does. The product of score gradients and keys runs while the next tile's scores are issued, and the
+// weights are computed while that tile's dout v^T runs.
+#pragma once
+
+#include "../sm80/careful.h"
+#include "query_block.h"
+
+namespace fastattn::sm90 {
+
+template <typename T, int kDim>
+struct QueryGradientShape {
+  static constexpr int kBlockQ = 128, kBlockK = kDim <= 64 ? 128 : 64, kStages = 2;
+  using QTile = Tile<T, kBlockQ, kDim>;
+  using KTile = Tile<T, kBlockK, kDim>;
+  using Clean = Cleaner<KTile>;
+  // Offsets in shared memory.
+  static constexpr int kDout = QTile::kBytes, kKeys = 2 * QTile::kBytes,
+                       kValues = kKeys + kStages * KTile::kBytes, kNotes = kValues + kStages * KTile::kBytes,
+                       kBarriers = kNotes + Clean::kBytes,
+                       kSharedBytes = kBarriers + 8 + 2 * Ring<kStages>::kBytes;
+  static_assert(kSharedBytes <= 227 * 1024);
+};
+
+template <typename T, int kDim>
+struct QueryGradientConsumer {
+  using Shape = QueryGradientShape<T, kDim>;
+  using QTile = typename Shape::QTile;
+  using KTile = typename Shape::KTile;
+  static constexpr int kKeyTiles = Shape::kBlockK / 8, kOutTiles = kDim / 8;
+
+  const Params& p;
+  QueryBlock<Shape> block;
+  const uint64_t q, dout;  // descriptors of its 64 rows
+  const int row;           // this lane's first query
+  float lse2[2], delta[2];
+  float scores[kKeyTiles][4], dscores[kKeyTiles][4], dq[1][kOutTiles][4];
+  Operand factors[kKeyTiles / 2];
+
+  __device__ __forceinline__ QueryGradientConsumer(const Params& params, const QueryBlock<Shape>& b,
+                                                   uint32_t group)
+      : p(params),
+        block(b),
+        q(QTile::rows_descriptor(b.shared + group * 64 * 128)),
+        dout(QTile::rows_descriptor(b.shared + Shape::kDout + group * 64 * 128)),
+        row(b.first_q + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int i = row + 8 * half;
+      const RowStatistics r =
+          i < block.s.len_q ? row_statistics(p, block.s, block.head)[i] : RowStatistics{INFINITY, 0.0f};
+      lse2[half] = r.lse2, delta[half] = r.delta;
+    }
+  }
+
+  __device__ __forceinline__ void issue_scores(int n) {
+    block.keys().wait(n);
+    ptx::pin(scores);
+    ptx::wgmma_fence();
+    issue_rows<QTile, KTile>(scores, q, block.key_tile(n));
+    ptx::wgmma_commit();
+  }
+  __device__ __forceinline__ void issue_dscores(int n) {
+    block.values().wait(n);
+    ptx::pin(dscores);
+    ptx::wgmma_fence();
+    issue_rows<QTile, KTile>(dscores, dout, block.value_tile(n));
+    ptx::wgmma_commit();
+  }
+  __device__ __forceinline__ void issue_dq(int n) {
+    ptx::pin(dq[0]);
+    ptx::wgmma_fence();
+    issue_sum<KTile>(dq[0], factors, block.key_tile(n));
+    ptx::wgmma_commit();
+  }
+
+  __device__ __forceinline__ void weigh() {
+#pragma unroll
+    for (int n = 0; n < kKeyTiles; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) scores[n][e] = ptx::exp2(fmaf(scores[n][e], p.scale_log2, -lse2[e / 2]));
+  }
+  // dscores: from the gradient of the weights to that of the scores.
+  __device__ __forceinline__ void differentiate() {
+#pragma unroll
+    for (int n = 0; n < kKeyTiles; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) dscores[n][e] = scores[n][e] * (dscores[n][e] - delta[e / 2]);
+  }
+  __device__ __forceinline__ void mask(int step) {
+    mask_tile(dscores, p, block.s, block.band, row, block.walk.at(step) * Shape::kBlockK, 0.0f);
+  }
+
+  // The product of the step before is still running when this begins.
+  template <bool kMasked>
+  __device__ __forceinline__ void step_over(int step) {
+    issue_scores(step);
+    issue_dscores(step);
+    ptx::wgmma_wait<1>();
+    ptx::pin(scores);
+    ptx::pin(dq[0]);
+    if (step > 0) block.keys().release(step - 1);
+    weigh();
+    // Keeps the compiler from moving the exponentials behind the end of the product (forward.h).
+    if (step + 1 < block.walk.count()) block.keys().wait(step + 1);
+    ptx::wgmma_wait<0>();
+    ptx::pin(dscores);
+    block.values().release(step);
+    differentiate();
+    if constexpr (kMasked) mask(step);
+    pack<T>(factors, dscores);
+    issue_dq(step);
+  }
+
+  __device__ __forceinline__ void run() {
+    clear(dq);
+    const int count = block.walk.count(), masked = block.walk.masked();
+    int step = 0;
+#pragma unroll 1
+    for (; step < masked; ++step) step_over<true>(step);
+#pragma unroll 1
+    for (; step < count; ++step) step_over<false>(step);
+    ptx::wgmma_wait<0>();
+    ptx::pin(dq[0]);
+    if (count > 0) block.keys().release(count - 1);
+  }
+
+  // The pass for blocks that met NaN or infinity (sm80/careful.h): one step after the other, all masked.
+  // Tiles `from` on of the rings.
+  __device__ __forceinline__ void run_carefully(int from, uint32_t* notes) {
+    clear(dq);
+#pragma unroll 1
+    for (int step = 0; step < block.walk.count(); ++step) {
+      const int n = from + step, first_k = block.walk.at(step) * Shape::kBlockK;
+      issue_scores(n);
+      issue_dscores(n);
+      ptx::wgmma_wait<0>();
+      ptx::pin(scores);
+      ptx::pin(dscores);
+      block.values().release(n);
+      weigh();
+      differentiate();
+      mask(step);
+      pack<T>(factors, dscores);
+      ptx::named_barrier_sync(kAllConsumers, kConsumers);
+      Shape::Clean::template clean<kConsumers>(block.key_tile(n), notes);
+      ptx::fence_proxy_async();
+      ptx::named_barrier_sync(kAllConsumers, kConsumers);
+      issue_dq(n);
+      ptx::wgmma_wait<0>();
+      ptx::pin(dq[0]);
+      block.keys().release(n);
+      Shape::Clean::spoil(dq, notes, KeyBits<Shape::kBlockK>(p, block.s, first_k), block.band, row, first_k);
+    }
+  }
+
+  // A warp's rows of the q tile are its own: they take its results on the way out.
+  __device__ __forceinline__ void store() {
+    const int warp_row = threadIdx.x / 32 * 16;
+    store_accumulators<QTile>(block.shared, warp_row, dq[0], p.scale, p.scale);
+    __syncwarp();
+    store_rows<QTile, 16>(block.shared, warp_row, query_matrix<T>(p.dq, block.s, block.head, p.dim),
+                          block.first_q);
+  }
+};
+
+template <typename T, int kDim>
+__global__ void __launch_bounds__(kThreads, 1) query_gradient(const __grid_constant__ MappedParams x) {
+  using Shape = QueryGradientShape<T, kDim>;
+  using QTile = typename Shape::QTile;
+  extern __shared__ __align__(1024) uint8_t shared[];
+  const uint32_t base = ptx::shared_address(shared);
+  QueryBlock<Shape> block = QueryBlock<Shape>::here(x.params, base);
+  if (block.first_q >= block.s.len_q) return;
+  if (threadIdx.x == kConsumers) block.init_barriers();
+  __syncthreads();
+  const int count = block.walk.count();
+
+  if (threadIdx.x >= kConsumers) {
+    ptx::release_registers<24>();
+    const bool loads = threadIdx.x == kConsumers;
+    if (loads) {
+      const int64_t row = block.s.first_q + block.first_q;
+      ptx::mbarrier_arrive_expect(block.own_barrier(), 2 * QTile::kBytes);
+      load_panels<QTile>(base, x.q, block.own_barrier(), row, block.head, block.s.batch);
+      load_panels<QTile>(base + Shape::kDout, x.dout, block.own_barrier(), row, block.head, block.s.batch);
+      produce(x, block, 0);
+    }
+    __syncwarp();
+    if (__syncthreads_or(false)) {
+      block.walk.mask_all();
+      if (loads) produce(x, block, count);
+    }
+    return;
+  }
+
+  ptx::acquire_registers<240>();
+  QueryGradientConsumer<T, kDim> consumer(x.params, block, __shfl_sync(0xffffffffu, threadIdx.x / 128, 0));
+  ptx::mbarrier_wait(block.own_barrier(), 0);
+  consumer.run();
+  const bool spoilt = __syncthreads_or(!all_finite(consumer.dq));
+  consumer.block = QueryBlock<Shape>::here(x.params, base);
+  if (spoilt) {
+    consumer.block.walk.mask_all();
+    consumer.run_carefully(count, reinterpret_cast<uint32_t*>(shared + Shape::kNotes));
+  }
+  consumer.store();
+}
+
+template <typename T, int kDim>
+Kernel query_gradient_kernel() {
+  using Shape = QueryGradientShape<T, kDim>;
+  return {query_gradient<T, kDim>, kThreads, Shape::kSharedBytes, Shape::kBlockQ, Shape::kBlockK};
+}
+
+}  // namespace fastattn::sm90

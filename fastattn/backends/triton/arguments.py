@@ -50,6 +50,12 @@ def alignment(dtype: torch.dtype, tensors: tuple[Layout | None, ...]) -> int:
     return elements if all(step % elements == 0 for step in steps) else 1
 
 
+def far(problem: AttentionProblem, tensors: tuple[Layout | None, ...]) -> bool:
+    """Whether rows of one sequence lie so far apart that 32 bits don't hold their offsets."""
+    longest = max(problem.seqlen_q, problem.seqlen_k)
+    return any(longest * strides(x)[2] >= 2**31 for x in tensors if x is not None)
+
+
 def common(
     problem: AttentionProblem, q: Layout, k: Layout, v: Layout, bias: Layout | None
 ) -> dict[str, object]:

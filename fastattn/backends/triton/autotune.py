@@ -29,6 +29,7 @@ def candidates(config: TileConfig, fixed_rows: bool = False) -> tuple[TileConfig
     """config and its neighbours. fixed_rows: keep block_m, which the caller has counted programs by."""
     near = [
         config,
+        replace(config, paired=False),
         replace(config, num_stages=config.num_stages + 1),
         replace(config, num_stages=max(config.num_stages - 1, 1)),
         replace(config, num_warps=12 - config.num_warps if config.num_warps in (4, 8) else 4),

@@ -20,6 +20,7 @@ from .tiles import (
     kernel,
     load_lse,
     load_rows,
+    row_offset,
     seen_keys,
     sequence_rows,
     store_rows,
@@ -134,6 +135,7 @@ def dq_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     ALIGN: tl.constexpr,
+    FAR: tl.constexpr,
     PRECISION: tl.constexpr,
     PACKED: tl.constexpr,
     HAS_LEFT: tl.constexpr,
@@ -188,8 +190,8 @@ def dq_kernel(
     p_k += i_b64 * stride_kb + i_kv * stride_kh + row_k.to(tl.int64) * stride_kn
     p_v += i_b64 * stride_vb + i_kv * stride_vh + row_k.to(tl.int64) * stride_vn
     o_n = tl.arange(0, BLOCK_N)
-    o_kn = o_n.to(tl.int64) * stride_kn
-    o_vn = o_n.to(tl.int64) * stride_vn
+    o_kn = row_offset(o_n, stride_kn, FAR)
+    o_vn = row_offset(o_n, stride_vn, FAR)
     if HAS_KEY_MASK:
         p_key_mask += i_b64 * stride_mask_b
     if HAS_BIAS:
@@ -209,7 +211,16 @@ def dq_kernel(
     diagonal = len_k - len_q
     last_i = tl.minimum(i_m * BLOCK_M + BLOCK_M, len_q) - 1
     begin, full_begin, full_end, end = visible_keys(
-        i_m * BLOCK_M, last_i, diagonal, len_k, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_N
+        i_m * BLOCK_M,
+        last_i,
+        diagonal,
+        len_k,
+        window_left,
+        window_right,
+        HAS_LEFT,
+        HAS_RIGHT,
+        BLOCK_N,
+        BLOCK_N,
     )
     for part in tl.static_range(3):
         if part == 0:
@@ -229,8 +240,8 @@ def dq_kernel(
                     )  # fmt: skip
                 if HAS_KEY_MASK:
                     m_n = m_n & (tl.load(p_key_mask + (start_n + o_n), mask=m_n, other=0) != 0)
-                p_kn = p_k + start_n.to(tl.int64) * stride_kn
-                p_vn = p_v + start_n.to(tl.int64) * stride_vn
+                p_kn = p_k + row_offset(start_n, stride_kn, FAR)
+                p_vn = p_v + row_offset(start_n, stride_vn, FAR)
                 b_k = load_rows(p_kn, o_kn, o_d, m_n, part != 1 or HAS_KEY_MASK, HEAD_DIM, BLOCK_D)
                 b_v = load_rows(p_vn, o_vn, o_dv, m_n, part != 1 or HAS_KEY_MASK, HEAD_DIM_V, BLOCK_DV)
 
@@ -327,6 +338,7 @@ def dkdv_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     ALIGN: tl.constexpr,
+    FAR: tl.constexpr,
     PRECISION: tl.constexpr,
     WANT_DK: tl.constexpr,
     WANT_DV: tl.constexpr,
@@ -399,8 +411,8 @@ def dkdv_kernel(
             stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k, BIAS_ALIGN
         )
     o_m = tl.arange(0, BLOCK_M)
-    o_qm = o_m.to(tl.int64) * stride_qn
-    o_gm = o_m.to(tl.int64) * stride_gn
+    o_qm = row_offset(o_m, stride_qn, FAR)
+    o_gm = row_offset(o_m, stride_gn, FAR)
     last_j = tl.minimum(i_n * BLOCK_N + BLOCK_N, len_k) - 1
     begin, full_begin, full_end, end = visible_queries(
         i_n * BLOCK_N, last_j, diagonal, len_q, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_M
@@ -434,8 +446,8 @@ def dkdv_kernel(
                 for start_m in tl.range(start, stop, BLOCK_M):
                     start_m = tl.multiple_of(start_m, BLOCK_M)
                     m_m = start_m + o_m < len_q  # [BLOCK_M]
-                    p_qm = p_q_h + start_m.to(tl.int64) * stride_qn
-                    p_dm = p_dout_h + start_m.to(tl.int64) * stride_gn
+                    p_qm = p_q_h + row_offset(start_m, stride_qn, FAR)
+                    p_dm = p_dout_h + row_offset(start_m, stride_gn, FAR)
                     b_q = load_rows(p_qm, o_qm, o_d, m_m, True, HEAD_DIM, BLOCK_D)
                     b_dout = load_rows(p_dm, o_gm, o_dv, m_m, True, HEAD_DIM_V, BLOCK_DV)
                     b_lse = load_lse(p_lse + o_stat, start_m + o_m, m_m)  # [BLOCK_M]

@@ -109,7 +109,8 @@ class Variant:
         if self.kernel == "forward":
             shaped = bool(self.features - {"left", "right", "packed"})
             biased = bool(self.features & {"bias", "relative_bias"})
-            return configs.forward_config(self.arch, *shape, shaped, biased)
+            lean = not self.features & {"left", "packed"}
+            return configs.forward_config(self.arch, *shape, shaped, biased, lean)
         choose = {
             "dq": configs.dq_config,
             "dkdv": configs.dkdv_config,
@@ -132,10 +133,12 @@ class Variant:
             "BLOCK_D": configs.padded_dim(self.head_dim),
             "BLOCK_DV": configs.padded_dim(head_dim_v),
             "ALIGN": self.align or 16 // _ITEMSIZE[self.dtype],
+            "FAR": False,
             "PRECISION": self.precision,
             "FOLD_HEADS": self.kernel == "decode",
             "SPLITS": 4 if self.kernel == "decode" else 1,
             "POSITIVE_SCALE": True,
+            "PAIRED": tiles.paired,
             "WANT_DK": self.want_dk,
             "WANT_DV": self.want_dv,
             "GROUPED": "grouped" in features,

@@ -7,7 +7,7 @@ the model of docs/performance-gpu.md), not timings.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 Arch = int | str
 INTERPRETER = "interpreter"
@@ -15,19 +15,24 @@ INTERPRETER = "interpreter"
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Query rows and keys of a tile, and how many warps and pipeline stages work on it."""
+    """Query rows and keys of a tile, and how many warps and pipeline stages work on it.
+
+    paired: the forward kernel takes key tiles two at a time where nothing is masked.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    paired: bool = False
 
     def options(self) -> dict[str, object]:
         """Launch options. Contraction is pinned because its default changes between Triton releases."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
     def __str__(self) -> str:
-        return f"{self.block_m}x{self.block_n}, {self.num_warps} warps, {self.num_stages} stages"
+        keys = f"2x{self.block_n}" if self.paired else self.block_n
+        return f"{self.block_m}x{keys}, {self.num_warps} warps, {self.num_stages} stages"
 
 
 # Small tiles let small tests meet many of them; one warp's size is the least tl.dot takes.
@@ -40,16 +45,23 @@ def padded_dim(head_dim: int) -> int:
 
 
 def forward_config(
-    arch: Arch, head_dim: int, head_dim_v: int, itemsize: int, shaped: bool = False, biased: bool = False
+    arch: Arch,
+    head_dim: int,
+    head_dim_v: int,
+    itemsize: int,
+    shaped: bool = False,
+    biased: bool = False,
+    lean: bool = True,
 ) -> TileConfig:
     """Tiles of the forward kernel.
 
-    shaped: whether anything but a window is done to the scores or weights. biased: whether tiles of a bias or
-    relative_bias are loaded, which pass through shared memory too.
+    shaped: whether anything but a window and a positive scale is done to the scores or weights.
+    biased: whether tiles of a bias or relative_bias are loaded, which pass through shared memory too.
+    lean: neither packed sequences nor a left edge of a window, whose bookkeeping takes registers.
     """
     dim = padded_dim(max(head_dim, head_dim_v))
     if arch == INTERPRETER:
-        return _INTERPRETED
+        return replace(_INTERPRETED, paired=dim >= 64 and not shaped)
     if isinstance(arch, str):
         return _amd_config(arch, "forward", dim, itemsize)
     if itemsize == 4:
@@ -63,6 +75,8 @@ def forward_config(
         if arch in (90, 100):
             # 224 of 227 KiB of shared memory; shaped scores would spill 20 to 60 words an iteration.
             return TileConfig(128, 64, 8, 3) if shaped else TileConfig(128, 128, 8, 3)
+        if arch == 80 and lean and not shaped and head_dim == head_dim_v == dim:
+            return TileConfig(128, 64, 8, 3, paired=True)  # 160 of 163 KiB; half the rescaling for each key
         # 96 KiB: what an 86, 89 or 120 has is 99. Tiles of a bias leave room for half the keys, two stages.
         return TileConfig(128, 32, 8, 2) if biased else TileConfig(128, 64, 8, 3)
     if arch == 90 and not shaped:

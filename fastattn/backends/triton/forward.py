@@ -6,6 +6,7 @@ folded into one tile (few queries, many keys: decoding); with SPLITS > 1 each pr
 keys and writes a partial result, which decode.py merges.
 """
 
+import triton
 import triton.language as tl
 
 from .rng import dropout_keep
@@ -18,6 +19,7 @@ from .tiles import (
     fill_rows,
     kernel,
     load_rows,
+    row_offset,
     scores,
     seen_keys,
     sequence_rows,
@@ -25,6 +27,40 @@ from .tiles import (
     visible_keys,
     window_mask,
 )
+
+
+@triton.jit
+def attend_pair(
+    b_acc, b_sum, b_max, b_q, p_k, p_v, start_n, stride_kn, stride_vn, o_kn, o_vn, o_d, o_dv, scale,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(b_acc, b_sum, b_max) after two tiles of keys that every row sees, from start_n on.
+
+    One maximum and one rescale serve both. A tile of twice the keys would share them too, but with all of
+    its scores and addresses alive at once it spills.
+    """
+    p_kn = p_k + row_offset(start_n, stride_kn, FAR)
+    p_vn = p_v + row_offset(start_n, stride_vn, FAR)
+    b_k = load_rows(p_kn, o_kn, o_d, None, False, HEAD_DIM, BLOCK_D)
+    b_s0 = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+    b_k = load_rows(p_kn + BLOCK_N * stride_kn.to(tl.int64), o_kn, o_d, None, False, HEAD_DIM, BLOCK_D)
+    b_s1 = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    b_new = tl.maximum(b_max, tl.max(tl.maximum(b_s0, b_s1), 1) * (scale * LOG2E))
+    b_shift = tl.exp2(b_max - b_new)
+    b_acc = b_acc * b_shift[:, None]
+    b_sum = b_sum * b_shift[:, None]
+
+    b_p = tl.exp2(b_s0 * (scale * LOG2E) - b_new[:, None])
+    b_sum += tl.sum(tl.reshape(b_p, [BLOCK_M, BLOCK_N // 8, 8]), 1)
+    b_v = load_rows(p_vn, o_vn, o_dv, None, False, HEAD_DIM_V, BLOCK_DV)
+    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_DV]
+
+    b_p = tl.exp2(b_s1 * (scale * LOG2E) - b_new[:, None])
+    b_sum += tl.sum(tl.reshape(b_p, [BLOCK_M, BLOCK_N // 8, 8]), 1)
+    b_v = load_rows(p_vn + BLOCK_N * stride_vn.to(tl.int64), o_vn, o_dv, None, False, HEAD_DIM_V, BLOCK_DV)
+    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
+    return b_acc, b_sum, b_new
 
 
 @kernel
@@ -86,6 +122,7 @@ def forward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     ALIGN: tl.constexpr,
+    FAR: tl.constexpr,
     PRECISION: tl.constexpr,
     FOLD_HEADS: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -100,9 +137,11 @@ def forward_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     POSITIVE_SCALE: tl.constexpr,
+    PAIRED: tl.constexpr,
 ):
     # Without anything added to the scores, the scale is folded into the exponential's multiply-add.
     PLAIN: tl.constexpr = POSITIVE_SCALE and not (HAS_BIAS or HAS_RELATIVE_BIAS or HAS_ALIBI or HAS_SOFTCAP)
+    tl.static_assert(not PAIRED or (PLAIN and not HAS_KEY_MASK and not HAS_DROPOUT and SPLITS == 1))
 
     num_rows = seqlen_q
     if FOLD_HEADS:
@@ -158,8 +197,8 @@ def forward_kernel(
     p_k += i_b64 * stride_kb + i_kv.to(tl.int64) * stride_kh + row_k.to(tl.int64) * stride_kn
     p_v += i_b64 * stride_vb + i_kv.to(tl.int64) * stride_vh + row_k.to(tl.int64) * stride_vn
     o_n = tl.arange(0, BLOCK_N)
-    o_kn = o_n.to(tl.int64) * stride_kn
-    o_vn = o_n.to(tl.int64) * stride_vn
+    o_kn = row_offset(o_n, stride_kn, FAR)
+    o_vn = row_offset(o_n, stride_vn, FAR)
     if HAS_KEY_MASK:
         p_key_mask += i_b64 * stride_mask_b
     if HAS_BIAS:
@@ -185,8 +224,9 @@ def forward_kernel(
     b_sum = tl.zeros([BLOCK_M, 8], dtype=tl.float32)
 
     diagonal = len_k - len_q
+    STEP: tl.constexpr = 2 * BLOCK_N if PAIRED else BLOCK_N
     begin, full_begin, full_end, end = visible_keys(
-        first_i, last_i, diagonal, len_k, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_N
+        first_i, last_i, diagonal, len_k, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_N, STEP
     )
     if SPLITS > 1:
         share = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), BLOCK_N), SPLITS) * BLOCK_N
@@ -204,8 +244,16 @@ def forward_kernel(
             start, stop = full_begin, full_end
         else:
             start, stop = full_end, end
-        if part > 0 or HAS_LEFT:
-            for start_n in tl.range(start, stop, BLOCK_N):
+        if part == 1 and PAIRED:
+            for start_n in tl.range(start, stop, STEP):
+                start_n = tl.multiple_of(start_n, STEP)
+                b_acc, b_sum, b_max = attend_pair(
+                    b_acc, b_sum, b_max, b_q, p_k, p_v, start_n, stride_kn, stride_vn, o_kn, o_vn, o_d, o_dv,
+                    scale, HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, FAR, PRECISION,
+                )  # fmt: skip
+        elif part > 0 or HAS_LEFT:
+            # Beside pairs, a third stage in these short loops would take registers that those lack.
+            for start_n in tl.range(start, stop, BLOCK_N, num_stages=2 if PAIRED else None):
                 start_n = tl.multiple_of(start_n, BLOCK_N)
                 m_n = start_n + o_n < len_k  # [BLOCK_N]
                 if part != 1:
@@ -223,7 +271,7 @@ def forward_kernel(
                 if HAS_KEY_MASK:
                     m_n = m_n & (tl.load(p_key_mask + (start_n + o_n), mask=m_n, other=0) != 0)
                 b_k = load_rows(
-                    p_k + start_n.to(tl.int64) * stride_kn,
+                    p_k + row_offset(start_n, stride_kn, FAR),
                     o_kn,
                     o_d,
                     m_n,
@@ -267,7 +315,7 @@ def forward_kernel(
                     keep = dropout_keep(seed, i_b, o_h32, o_i2, start_n, o_n[None, :], drop_below)
                     b_p = tl.where(keep, b_p, 0.0)
                 b_v = load_rows(
-                    p_v + start_n.to(tl.int64) * stride_vn,
+                    p_v + row_offset(start_n, stride_vn, FAR),
                     o_vn,
                     o_dv,
                     m_n,

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...problem import AttentionInputs, AttentionProblem
 from .. import Gradients
 from . import configs
-from .arguments import Layout, alignment, common, layout, named_strides, precision
+from .arguments import Layout, alignment, common, far, layout, named_strides, precision
 from .backward import delta_kernel, dkdv_kernel, dq_kernel
 from .bias_backward import dbias_kernel, join_diagonals_kernel
 from .configs import Arch, TileConfig
@@ -96,10 +96,11 @@ def plan_forward(problem: AttentionProblem, arch: Arch, processors: int) -> tupl
         biased = problem.bias_shape is not None or problem.has_relative_bias
         shaped = (
             biased or problem.has_key_mask or problem.alibi_shape is not None or problem.softcap > 0.0
-            or problem.dropout_p > 0.0
+            or problem.dropout_p > 0.0 or problem.softmax_scale <= 0.0
         )  # fmt: skip
         shape = (problem.head_dim, problem.head_dim_v, itemsize)
-        config = configs.forward_config(arch, *shape, shaped, biased)
+        lean = not problem.packed and problem.window_left < 0
+        config = configs.forward_config(arch, *shape, shaped, biased, lean)
         return config, False, 1
     config = configs.decode_config(arch, rows, problem.head_dim, problem.head_dim_v, itemsize)
     tiles = _tiles(rows, config.block_m) * problem.num_kv_heads * problem.batch
@@ -137,6 +138,7 @@ def _prepare_forward(
         "stride_split_lse": all_rows,
         "num_heads": heads,
         "ALIGN": alignment(problem.dtype, (q, k, v, out)),
+        "FAR": far(problem, (k, v)),
         "PRECISION": precision,
         "FOLD_HEADS": fold_heads,
         "SPLITS": splits,
@@ -145,7 +147,8 @@ def _prepare_forward(
 
     def attend(tiles: TileConfig) -> Launch:
         programs = _tiles(rows, tiles.block_m) * heads * (problem.batch + problem.packed) * splits
-        return Launch(forward_kernel, programs, tiles.options(), values | _blocks(tiles))
+        own = _blocks(tiles) | {"PAIRED": tiles.paired}
+        return Launch(forward_kernel, programs, tiles.options(), values | own)
 
     merge = None
     if splits > 1:
@@ -226,11 +229,12 @@ def _prepare_backward(
     sequences = problem.batch + problem.packed  # the packed rows without a sequence count as one more
     values = common(problem, q, k, v, bias) | named_strides({"g": dout})
     values |= {"ALIGN": align, "PRECISION": precision, "num_heads": heads}
+    offsets = {"FAR": far(problem, (q, k, v, dout))}
     launches: dict[str, Launch | TunedLaunch | None] = dict.fromkeys(_Backward._fields)
     if any(x is not None for x in (dq, dk, dbias, drelative_bias)):
         launches["delta"] = _prepare_delta(problem, out, dout, align)
     if dq is not None:
-        own_dq = values | named_strides({"dq": dq})
+        own_dq = values | offsets | named_strides({"dq": dq})
 
         def by_queries(tiles: TileConfig) -> Launch:
             programs = _tiles(problem.seqlen_q, tiles.block_m) * heads * sequences
@@ -238,7 +242,7 @@ def _prepare_backward(
 
         launches["dq"] = _with_tiles(dq_kernel, by_queries, configs.dq_config(arch, *shape), own_dq, problem)
     if dk is not None or dv is not None:
-        own_dkdv = values | named_strides({"dk": dk, "dv": dv})
+        own_dkdv = values | offsets | named_strides({"dk": dk, "dv": dv})
         own_dkdv |= {"num_heads": kv_heads, "GROUPED": heads > kv_heads}
         own_dkdv |= {"WANT_DK": dk is not None, "WANT_DV": dv is not None}
 

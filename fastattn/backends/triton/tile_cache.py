@@ -10,6 +10,7 @@ import json
 import os
 import re
 import tempfile
+from dataclasses import astuple
 from pathlib import Path
 
 from ...log import log_once
@@ -40,9 +41,7 @@ class TileCache:
     def put(self, problem_class: str, tiles: TileConfig) -> None:
         """Remember, also on disk, together with what other processes wrote there since."""
         self._tiles = self._read() | self._tiles | {problem_class: tiles}
-        rows = {
-            key: [x.block_m, x.block_n, x.num_warps, x.num_stages] for key, x in sorted(self._tiles.items())
-        }
+        rows = {key: [int(x) for x in astuple(tiles)] for key, tiles in sorted(self._tiles.items())}
         temporary = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,6 +80,6 @@ class TileCache:
         if not isinstance(rows, dict):
             raise ValueError("tiles is no JSON object")
         for key, row in rows.items():
-            if not (isinstance(row, list) and len(row) == 4 and all(type(x) is int for x in row)):
-                raise ValueError(f"tiles of {key!r} are no four integers")
-        return {key: TileConfig(*row) for key, row in rows.items()}
+            if not (isinstance(row, list) and len(row) == 5 and all(type(x) is int for x in row)):
+                raise ValueError(f"tiles of {key!r} are no five integers")
+        return {key: TileConfig(*row[:4], paired=bool(row[4])) for key, row in rows.items()}

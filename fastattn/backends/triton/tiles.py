@@ -75,6 +75,14 @@ def aligned(stride_b, stride_h, stride_n, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def row_offset(i_row, stride_n, FAR: tl.constexpr):
+    """Elements from a sequence's first row to row i_row; in 64 bits only where 32 would not do (FAR)."""
+    if FAR:
+        return i_row.to(tl.int64) * stride_n
+    return i_row * stride_n
+
+
+@triton.jit
 def aligned_bias(stride_b, stride_h, stride_q, stride_k, BIAS_ALIGN: tl.constexpr):
     """The same for a bias with contiguous rows. BIAS_ALIGN = 0: they are not, and are read one by one."""
     if BIAS_ALIGN == 0:
@@ -111,12 +119,13 @@ def visible_keys(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STEP: tl.constexpr,
 ):
     """(begin, full_begin, full_end, end) of the keys that queries first_i..last_i see, in tiles of BLOCK_N.
 
-    Tiles in full_begin..full_end need no mask: all of these queries see them. All but `end` are
-    multiples of BLOCK_N; begin ≤ full_begin ≤ full_end, and full_end ≤ end or there is nothing beyond
-    full_end. diagonal is seqlen_k − seqlen_q: query i stands at key i + diagonal.
+    Keys in full_begin..full_end, multiples of STEP, need no mask: all of these queries see them. begin is a
+    multiple of BLOCK_N, which divides STEP; begin ≤ full_begin ≤ full_end, and full_end ≤ end or there is
+    nothing beyond full_end. diagonal is seqlen_k − seqlen_q: query i stands at key i + diagonal.
     """
     begin = 0
     end = seqlen_k
@@ -129,8 +138,8 @@ def visible_keys(
         begin = tl.maximum(first_i + diagonal - window_left, 0) // BLOCK_N * BLOCK_N
         full_begin = tl.maximum(last_i + diagonal - window_left, 0)
         full_begin = tl.minimum(full_begin, tl.maximum(end, begin))
-        full_begin = tl.cdiv(full_begin, BLOCK_N) * BLOCK_N
-    full_end = tl.maximum(full_end // BLOCK_N * BLOCK_N, full_begin)
+        full_begin = tl.cdiv(full_begin, STEP) * STEP
+    full_end = tl.maximum(full_end // STEP * STEP, full_begin)
     return begin, full_begin, full_end, end
 
 

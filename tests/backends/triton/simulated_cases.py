@@ -22,6 +22,7 @@ _IN_BOTH = {
     "dropout": dict(lengths=((40, 150),), options=DROPOUT),
     "packed": dict(lengths=((70, 83), (0, 3), (5, 0), (33, 20)), packed=True, options={"causal": True}),
     "decode": dict(lengths=((1, 1100),), group=4, wanted=()),
+    "wide-long": dict(lengths=((70, 300),), head_dim=128, wanted=()),
     "wide": dict(head_dim=128, options={"causal": True}),
 }
 _IN_FP16 = {

@@ -45,7 +45,7 @@ def test_main_kernels(kernel, arch, head_dim, dtype, features):
     variant = Variant(kernel, arch, head_dim, dtype, frozenset(features))
     result, entry = compiled(variant)
     hold(variant, result, entry)
-    assert entry["stack"] == 0, entry
+    assert entry["stack"] <= (32 if "2x" in entry["tiles"] else 0), entry
     if kernel == "forward":
         # Nothing but q, k and v is read, all of it in 16-byte pieces.
         assert entry["global_loads_narrower"] == 0, entry
@@ -143,3 +143,11 @@ def test_every_amd_generation(arch, head_dim):
         assert any("wmma" in kind or "mfma" in kind for kind in entry["matrix_instructions"]), entry
         if arch != "gfx1100":  # whose registers hold every operand twice: docs/performance-gpu.md
             assert entry["stack"] == 0, entry
+
+
+@pytest.mark.parametrize(("arch", "head_dim", "most"), [(80, 64, 0.65), (80, 128, 0.47), (90, 128, 0.53)])
+def test_issue_slots_of_the_forward(arch, head_dim, most):
+    """What docs/performance-gpu.md says of the main loops, by the model of sass.py."""
+    _, entry = compiled(Variant("forward", arch, head_dim))
+    assert entry["main_loop"]["issue_per_tensor"] <= most, entry
+    assert entry["main_loop"]["spills"] == 0, entry

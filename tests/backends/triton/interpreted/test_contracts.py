@@ -85,6 +85,22 @@ def test_splitting_the_keys_changes_nothing_but_rounding(monkeypatch, prepared_a
         torch.testing.assert_close(lse, results[0][1], rtol=1e-5, atol=1e-6)
 
 
+def test_offsets_of_far_rows_are_counted_in_64_bits(prepared_anew):
+    """Rows 2**26 elements apart: the 33rd is beyond 32 bits. Only the pages touched take memory."""
+    rows, stride = 70, 2**26
+    storage = torch.empty((rows - 1) * stride + 64, dtype=torch.float16)
+    far = storage.as_strided((1, 1, rows, 64), (0, 0, stride, 1)).copy_(torch.randn(1, 1, rows, 64))
+    for q, k in ((torch.randn(1, 1, 33, 64).half(), far), (far, torch.randn(1, 1, 33, 64).half())):
+        near_q, near_k = (x.contiguous().requires_grad_() for x in (q, k))
+        far_q, far_k = (x.detach().requires_grad_() for x in (q, k))
+        near, out = attend(near_q, near_k, near_k), attend(far_q, far_k, far_k)
+        assert torch.equal(out, near)
+        seed = torch.randn_like(out)
+        expected = torch.autograd.grad(near, (near_q, near_k), seed)
+        found = torch.autograd.grad(out, (far_q, far_k), seed)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_few_queries_share_a_tile_with_their_group():
     problem_of = fastattn.problem.describe
     q, k = torch.randn(1, 8, 1, 16), torch.randn(1, 2, 300, 16)

@@ -19,6 +19,11 @@ ALL = ("q", "k", "v", "bias", "relative_bias")
 FEATURES = {
     "plain": Case(lengths=ODD),
     "causal": Case(lengths=ODD, options={"causal": True}),
+    # Heads of 64 take pairs of tiles where nothing is masked: two, and a rest of more than one tile.
+    "pairs": Case(lengths=((70, 190),), head_dim=64, head_dim_v=64),
+    "pairs-causal": Case(lengths=((70, 170),), head_dim=64, head_dim_v=40, options={"causal": True}),
+    "pairs-window": Case(lengths=((70, 240),), head_dim=64, options={"window": (150, 30)}),
+    "pairs-packed": Case(lengths=((37, 140), (0, 3), (33, 64)), head_dim=64, packed=True),
     "causal-more-queries": Case(lengths=((70, 37),), options={"causal": True}),
     "window": Case(lengths=ODD, options={"window": (9, 4)}),
     "window-left-causal": Case(lengths=((66, 66),), options={"window": (33, None), "causal": True}),

@@ -7,6 +7,7 @@ an adapter holds in memory. The numbers are the same to the bit, as the same mod
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 
 import torch
@@ -122,6 +123,14 @@ def _leaves(module: nn.Module):
             yield from _leaves(child)
 
 
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether parts of it are gathered and given up by turns."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # whoever shards has imported it
+    if fsdp is None:
+        return False
+    return any(isinstance(m, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)) for m in model.modules())
+
+
 @dataclass(frozen=True)
 class OpenRecorder:
     """Before the model."""
@@ -136,6 +145,11 @@ class OpenRecorder:
             return
         if _has_any_global_hook():
             log_once("recompute does nothing while hooks are registered for all modules")
+            return
+        if _is_sharded(model):
+            log_once(
+                "recompute does nothing under FSDP: a layer's weights are there while it runs, not later"
+            )
             return
         self.recompute.refresh(model)
         for site in self.recompute.sites if self.recompute.notes else ():

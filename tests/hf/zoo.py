@@ -127,7 +127,8 @@ def run(model: nn.Module, inputs: dict, **options) -> dict[str, torch.Tensor]:
     out.loss.backward()
     logits = out.logits
     if logits.dim() == 3:
-        logits = logits[real_tokens(inputs)]
+        real = real_tokens(inputs)
+        logits = logits[:, -real.shape[1] :][real]  # peft's virtual tokens come first
     result = {"logits": logits.detach(), "loss": out.loss.detach()}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:

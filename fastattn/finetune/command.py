@@ -23,6 +23,8 @@ DEFAULTS = {
     "text_column": "text",
     "label_column": "label",
     "data_dir": None,
+    "objective": "classification",
+    "target_column": "target",
     "train": ["head"],
     "attention": "fastattn",
     "recompute": "auto",
@@ -52,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument("--text-column", metavar="NAME", help="of FILE (text)")
     data.add_argument("--label-column", metavar="NAME", help="of FILE (label)")
+    data.add_argument("--target-column", metavar="NAME", help="of FILE, for seq2seq: the answers (target)")
     data.add_argument(
         "--test-data", metavar="FILE", help="held-out texts (a fixed fifth of each class of --data)"
     )
@@ -62,7 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     model = parser.add_argument_group("what to train")
     model.add_argument(
-        "--model", metavar="NAME_OR_DIR", help="any transformers encoder (minilm, which pip installs)"
+        "--model", metavar="NAME_OR_DIR", help="any transformers model (minilm, an encoder that pip installs)"
+    )
+    model.add_argument(
+        "--objective",
+        choices=list(rules.OBJECTIVES),
+        help="what it learns: a label, an answer to each text, or each text's next words (classification)",
     )
     model.add_argument(
         "--train",
@@ -103,7 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--lr", type=_rate, metavar="X", help="peak learning rate (by method: head 5e-3, lora 2e-3, ...)"
     )
     how.add_argument(
-        "--seed", type=int, metavar="N", help="of the head's weights, the batches and dropout (0)"
+        "--seed", type=seed, metavar="N", help="of the head's weights, the batches and dropout (0)"
     )
 
     compare = parser.add_argument_group("comparison")
@@ -210,6 +218,7 @@ def _settings(given: dict, method: str) -> rules.Settings:
         raise UserInputError("--test-data goes with --data; the built-in tasks have test sets of their own")
     if values["lr"] is None:
         values["lr"] = rules.default_lr(method)
+    rules.check_objective(values["objective"], given)
     values["backbone_dtype"] = values["backbone_dtype"] or values["dtype"]
     rules.check_dtypes(method, values["dtype"], values["backbone_dtype"])
     return rules.Settings(**values)
@@ -218,6 +227,12 @@ def _settings(given: dict, method: str) -> rules.Settings:
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of 1 or more")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2^63 - 1")
     return int(text)
 
 

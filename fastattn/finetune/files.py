@@ -32,22 +32,25 @@ def fresh_directory(stem: Path) -> Path:
 
 def claim(directory: Path) -> None:
     """Makes sure that `directory` is a new or empty folder of ours."""
-    if directory.exists() and not directory.is_dir():
-        raise UserInputError(f"--out {directory} is a file, not a folder")
-    if directory.exists() and not _is_empty(directory):
-        if (directory / RUN_FILE).is_file():
-            raise UserInputError(
-                f"--out {directory} holds a run already; add --resume to continue it, or choose another"
-            )
-        raise UserInputError(f"--out {directory} holds something else; choose an empty or a new folder")
     with _saving(directory):
+        if directory.exists() and not directory.is_dir():
+            raise UserInputError(f"--out {directory} is a file, not a folder")
+        if directory.exists() and not _is_empty(directory):
+            if (directory / RUN_FILE).is_file():
+                raise UserInputError(
+                    f"--out {directory} holds a run already; add --resume to continue it, or choose another"
+                )
+            raise UserInputError(f"--out {directory} holds something else; choose an empty or a new folder")
         directory.mkdir(parents=True, exist_ok=True)
 
 
 def read_run(directory: Path) -> dict:
-    """What `RUN_FILE` says of the run in `directory`."""
+    """What `RUN_FILE` says of the run in `directory`: its command, and its settings or those of its parts."""
     try:
-        return json.loads((directory / RUN_FILE).read_text("utf-8"))
+        record = json.loads((directory / RUN_FILE).read_text("utf-8"))
+        if not isinstance(record, dict) or not isinstance(record.get("command"), str):
+            raise ValueError("it lacks the run's command")
+        return record
     except (OSError, ValueError) as error:
         raise UserInputError(
             f"there is no run to resume in {directory}: it has no readable {RUN_FILE}"

@@ -141,7 +141,7 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 def _start(given: dict, out: Path | None, command: str) -> int:
     from fastattn.finetune import files
-    from fastattn.finetune.job import load_dataset
+    from fastattn.finetune.job import CHECKPOINT, load_dataset
 
     runs = [_settings(given, method) for method in given.get("train", DEFAULTS["train"])]
     if len({run.train for run in runs}) < len(runs):
@@ -151,13 +151,24 @@ def _start(given: dict, out: Path | None, command: str) -> int:
         name = Path(runs[0].data).stem if runs[0].data else runs[0].task
         out = files.fresh_directory(Path("runs") / "-".join([name, *(run.train for run in runs)]))
     files.claim(out)
+    try:
+        return _work(runs, _directories(out, runs, command), out, command, resume=False)
+    except Exception:
+        files.abandon(out, CHECKPOINT, "report.json")  # the same command, put right, shall find it free
+        raise
+
+
+def _directories(out: Path, runs: list[rules.Settings], command: str) -> list[Path]:
+    """Where each run works: `out` itself, or a folder in it for each of several."""
+    from fastattn.finetune import files
+
     if len(runs) == 1:
-        return _work(runs, [out], out, command, resume=False)
+        return [out]
     files.write_json(out / files.RUN_FILE, {"runs": [run.train for run in runs], "command": command})
     for run in runs:
-        (out / run.train).mkdir()
-        files.write_json(out / run.train / files.RUN_FILE, {"settings": run.to_json(), "command": command})
-    return _work(runs, [out / run.train for run in runs], out, command, resume=False)
+        settings = {"settings": run.to_json(), "command": command}
+        files.write_json(files.subfolder(out, run.train) / files.RUN_FILE, settings)
+    return [out / run.train for run in runs]
 
 
 def _resume(out: Path, given: dict) -> int:

@@ -13,10 +13,12 @@ from fastattn.finetune.errors import UserInputError
 
 __all__ = [
     "RUN_FILE",
+    "abandon",
     "claim",
     "fresh_directory",
     "read_run",
     "replace_directory",
+    "subfolder",
     "write_bytes",
     "write_json",
 ]
@@ -42,6 +44,19 @@ def claim(directory: Path) -> None:
                 )
             raise UserInputError(f"--out {directory} holds something else; choose an empty or a new folder")
         directory.mkdir(parents=True, exist_ok=True)
+
+
+def subfolder(directory: Path, name: str) -> Path:
+    with _saving(directory / name):
+        (directory / name).mkdir()
+    return directory / name
+
+
+def abandon(directory: Path, *worth: str) -> None:
+    """Empties a claimed folder, unless something of these names is in it: then there is a run to resume."""
+    if not any(path.name in worth for path in directory.rglob("*")):
+        for path in directory.iterdir():
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def read_run(directory: Path) -> dict:

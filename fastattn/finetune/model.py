@@ -191,8 +191,8 @@ def _load_adapter(model: nn.Module, directory: str) -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # between libraries, about each other
             return peft.PeftModel.from_pretrained(model, directory)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # as above
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserInputError(f"the adapter in {directory} cannot be loaded by peft: {reason}") from error
 
 

@@ -128,6 +128,25 @@ BROKEN = {  # file of a model's folder and what is in its place
 }
 
 
+@pytest.mark.parametrize("methods", [["head"], ["head", "lora"]])
+def test_the_folder_of_a_run_that_failed_before_its_first_step_is_free_again(
+    finetune, tmp_path, tiny_model, methods
+):
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    weights = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(weights[:1000])
+    one_sentence(finetune("--train", *methods, model=model), "cannot be loaded")
+    assert not any((tmp_path / "out").iterdir())
+    (model / "model.safetensors").write_bytes(weights)
+    assert finetune("--train", *methods, model=model)[0] == 0
+
+
+def test_a_run_that_failed_at_a_later_method_can_go_on(finetune, tmp_path):
+    one_sentence(finetune("--train", "head", "last-9"), "has 2 layers")
+    assert (tmp_path / "out" / "head" / "model").is_dir()
+    one_sentence(finetune("--train", "head", "last-1"), "holds a run already")
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_model_is_named(finetune, tmp_path, tiny_model, name):
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
@@ -237,6 +256,11 @@ def test_predict(tmp_path, capsys, monkeypatch, tiny_model):
     shutil.copytree(tiny_model, tmp_path / "adapter")
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     fails("an adapter alone", str(tmp_path / "adapter"), "text")
+    (tmp_path / "adapter" / "base").mkdir()
+    shutil.copytree(tiny_model, tmp_path / "adapter" / "base", dirs_exist_ok=True)
+    config = tmp_path / "adapter" / "base" / "config.json"
+    config.write_text(config.read_text().replace('"BertModel"', '"BertForSequenceClassification"'))
+    fails("adapter cannot be loaded by peft", str(tmp_path / "adapter"), "text")
     broken = shutil.copytree(tiny_model, tmp_path / "broken")
     fails("BertModel, which neither labels nor writes", str(broken), "text")
     config = (broken / "config.json").read_text()

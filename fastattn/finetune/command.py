@@ -23,6 +23,8 @@ DEFAULTS = {
     "text_column": "text",
     "label_column": "label",
     "data_dir": None,
+    "objective": "classification",
+    "target_column": "target",
     "train": ["head"],
     "attention": "fastattn",
     "recompute": "auto",
@@ -52,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument("--text-column", metavar="NAME", help="of FILE (text)")
     data.add_argument("--label-column", metavar="NAME", help="of FILE (label)")
+    data.add_argument("--target-column", metavar="NAME", help="of FILE, for seq2seq: the answers (target)")
     data.add_argument(
         "--test-data", metavar="FILE", help="held-out texts (a fixed fifth of each class of --data)"
     )
@@ -62,7 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     model = parser.add_argument_group("what to train")
     model.add_argument(
-        "--model", metavar="NAME_OR_DIR", help="any transformers encoder (minilm, which pip installs)"
+        "--model", metavar="NAME_OR_DIR", help="any transformers model (minilm, an encoder that pip installs)"
+    )
+    model.add_argument(
+        "--objective",
+        choices=list(rules.OBJECTIVES),
+        help="what it learns: a label, an answer to each text, or each text's next words (classification)",
     )
     model.add_argument(
         "--train",
@@ -103,7 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--lr", type=_rate, metavar="X", help="peak learning rate (by method: head 5e-3, lora 2e-3, ...)"
     )
     how.add_argument(
-        "--seed", type=int, metavar="N", help="of the head's weights, the batches and dropout (0)"
+        "--seed", type=seed, metavar="N", help="of the head's weights, the batches and dropout (0)"
     )
 
     compare = parser.add_argument_group("comparison")
@@ -133,7 +141,7 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 def _start(given: dict, out: Path | None, command: str) -> int:
     from fastattn.finetune import files
-    from fastattn.finetune.job import load_dataset
+    from fastattn.finetune.job import CHECKPOINT, load_dataset
 
     runs = [_settings(given, method) for method in given.get("train", DEFAULTS["train"])]
     if len({run.train for run in runs}) < len(runs):
@@ -143,13 +151,24 @@ def _start(given: dict, out: Path | None, command: str) -> int:
         name = Path(runs[0].data).stem if runs[0].data else runs[0].task
         out = files.fresh_directory(Path("runs") / "-".join([name, *(run.train for run in runs)]))
     files.claim(out)
+    try:
+        return _work(runs, _directories(out, runs, command), out, command, resume=False)
+    except Exception:
+        files.abandon(out, CHECKPOINT, "report.json")  # the same command, put right, shall find it free
+        raise
+
+
+def _directories(out: Path, runs: list[rules.Settings], command: str) -> list[Path]:
+    """Where each run works: `out` itself, or a folder in it for each of several."""
+    from fastattn.finetune import files
+
     if len(runs) == 1:
-        return _work(runs, [out], out, command, resume=False)
+        return [out]
     files.write_json(out / files.RUN_FILE, {"runs": [run.train for run in runs], "command": command})
     for run in runs:
-        (out / run.train).mkdir()
-        files.write_json(out / run.train / files.RUN_FILE, {"settings": run.to_json(), "command": command})
-    return _work(runs, [out / run.train for run in runs], out, command, resume=False)
+        settings = {"settings": run.to_json(), "command": command}
+        files.write_json(files.subfolder(out, run.train) / files.RUN_FILE, settings)
+    return [out / run.train for run in runs]
 
 
 def _resume(out: Path, given: dict) -> int:
@@ -210,6 +229,7 @@ def _settings(given: dict, method: str) -> rules.Settings:
         raise UserInputError("--test-data goes with --data; the built-in tasks have test sets of their own")
     if values["lr"] is None:
         values["lr"] = rules.default_lr(method)
+    rules.check_objective(values["objective"], given)
     values["backbone_dtype"] = values["backbone_dtype"] or values["dtype"]
     rules.check_dtypes(method, values["dtype"], values["backbone_dtype"])
     return rules.Settings(**values)
@@ -218,6 +238,12 @@ def _settings(given: dict, method: str) -> rules.Settings:
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of 1 or more")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2^63 - 1")
     return int(text)
 
 

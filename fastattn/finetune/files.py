@@ -13,10 +13,12 @@ from fastattn.finetune.errors import UserInputError
 
 __all__ = [
     "RUN_FILE",
+    "abandon",
     "claim",
     "fresh_directory",
     "read_run",
     "replace_directory",
+    "subfolder",
     "write_bytes",
     "write_json",
 ]
@@ -32,22 +34,38 @@ def fresh_directory(stem: Path) -> Path:
 
 def claim(directory: Path) -> None:
     """Makes sure that `directory` is a new or empty folder of ours."""
-    if directory.exists() and not directory.is_dir():
-        raise UserInputError(f"--out {directory} is a file, not a folder")
-    if directory.exists() and not _is_empty(directory):
-        if (directory / RUN_FILE).is_file():
-            raise UserInputError(
-                f"--out {directory} holds a run already; add --resume to continue it, or choose another"
-            )
-        raise UserInputError(f"--out {directory} holds something else; choose an empty or a new folder")
     with _saving(directory):
+        if directory.exists() and not directory.is_dir():
+            raise UserInputError(f"--out {directory} is a file, not a folder")
+        if directory.exists() and not _is_empty(directory):
+            if (directory / RUN_FILE).is_file():
+                raise UserInputError(
+                    f"--out {directory} holds a run already; add --resume to continue it, or choose another"
+                )
+            raise UserInputError(f"--out {directory} holds something else; choose an empty or a new folder")
         directory.mkdir(parents=True, exist_ok=True)
 
 
+def subfolder(directory: Path, name: str) -> Path:
+    with _saving(directory / name):
+        (directory / name).mkdir()
+    return directory / name
+
+
+def abandon(directory: Path, *worth: str) -> None:
+    """Empties a claimed folder, unless something of these names is in it: then there is a run to resume."""
+    if not any(path.name in worth for path in directory.rglob("*")):
+        for path in directory.iterdir():
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def read_run(directory: Path) -> dict:
-    """What `RUN_FILE` says of the run in `directory`."""
+    """What `RUN_FILE` says of the run in `directory`: its command, and its settings or those of its parts."""
     try:
-        return json.loads((directory / RUN_FILE).read_text("utf-8"))
+        record = json.loads((directory / RUN_FILE).read_text("utf-8"))
+        if not isinstance(record, dict) or not isinstance(record.get("command"), str):
+            raise ValueError("it lacks the run's command")
+        return record
     except (OSError, ValueError) as error:
         raise UserInputError(
             f"there is no run to resume in {directory}: it has no readable {RUN_FILE}"

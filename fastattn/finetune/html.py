@@ -59,7 +59,9 @@ def _tiles(report: dict) -> str:
     differences = compared.get("dropout_off", {}).get("loss_difference")
     if differences:
         tiles.append((f"{max(differences.values()):.0e}", "largest relative loss difference, dropout off"))
-    if test:
+    if test and "perplexity" in test:
+        tiles.append((f"{test['perplexity']:.1f}", f"perplexity on {test['texts']:,} held-out texts"))
+    elif test:
         tiles.append((f"{test['accuracy']:.1%}", f"accuracy on {test['texts']:,} held-out texts"))
     inner = "".join(
         f"<div class=tile><b>{escape(value)}</b><span>{escape(text)}</span></div>" for value, text in tiles

@@ -16,7 +16,7 @@ __all__ = ["Result", "add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from fastattn.finetune.command import positive
+    from fastattn.finetune.command import positive, seed
 
     parser.epilog = (
         "The labels' words are scored as continuations of the text, so the model must have learned "
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="or a built-in task's training texts",
     )
     shown.add_argument("--shots", type=positive, default=16, metavar="N", help="how many to show (16)")
-    shown.add_argument("--seed", type=int, default=0, metavar="N", help="which ones, and in what order (0)")
+    shown.add_argument("--seed", type=seed, default=0, metavar="N", help="which ones, and in what order (0)")
     shown.add_argument("--text-column", default="text", metavar="NAME", help="of the files (text)")
     shown.add_argument("--label-column", default="label", metavar="NAME", help="of the files (label)")
     shown.add_argument("--data-dir", metavar="DIR", help="where the built-in tasks' files are")

@@ -6,24 +6,22 @@ import contextlib
 import datetime
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from fastattn.finetune import comparison, datasets, encoding, files, measure, metrics
+from fastattn.finetune import comparison, datasets, encoding, evaluation, files, measure, plain
 from fastattn.finetune import model as models
-from fastattn.finetune.arms import ArmError, LocalArm, RemoteArm
+from fastattn.finetune.arms import LocalArm, RemoteArm
 from fastattn.finetune.errors import UserInputError
 from fastattn.finetune.progress import Bar, console
 from fastattn.finetune.settings import ARMS, Settings
 
 __all__ = ["fine_tune", "interruptible", "load_dataset"]
 
+LANGUAGE_LENGTH = 512  # tokens of a text unless given: language models can read far more
 CHECKPOINT, PROGRESS, ENCODED = "checkpoint.pt", "progress.json", "encoded.npz"
-PLAIN_CHECK_TEXTS = 256
 
 
 class Stop:
@@ -55,6 +53,12 @@ def interruptible() -> Iterator[Stop]:
 
 
 def load_dataset(settings: Settings) -> datasets.Dataset:
+    if settings.objective != "classification":
+        if not settings.data:
+            dataset = datasets.load_task(settings.task, settings.data_dir)
+            return datasets.as_language(dataset, headlines=settings.objective == "seq2seq")
+        target = settings.target_column if settings.objective == "seq2seq" else None
+        return datasets.load_language_file(settings.data, settings.text_column, target, settings.test_data)
     if settings.data:
         columns = settings.text_column, settings.label_column
         return datasets.load_file(settings.data, *columns, settings.test_data)
@@ -70,12 +74,15 @@ def fine_tune(settings: Settings, directory: Path, command: str, stop: Stop, res
     dataset = load_dataset(settings)
     tokenizer = models.load_tokenizer(settings.model)
     max_length = _max_length(settings, tokenizer)
-    train, test = encoding.encode_dataset(dataset, tokenizer, max_length, directory / ENCODED)
+    train, test = encoding.encode_dataset(
+        dataset, tokenizer, max_length, directory / ENCODED, ended=settings.objective == "causal-lm"
+    )
     notes = [*dataset.notes, *_truncation(train, test, max_length)]
     total = settings.total_steps(len(train))
     console.print(
-        f"{dataset.name}: {len(train):,} training and {len(test):,} test texts, {len(dataset.label_names)} "
-        f"classes; {settings.train}, {settings.dtype}, {total} steps of {settings.batch_size} texts"
+        f"{dataset.name}: {len(train):,} training and {len(test):,} test texts, "
+        f"{f'{len(dataset.label_names)} classes' if dataset.label_names else settings.objective}; "
+        f"{settings.train}, {settings.dtype}, {total} steps of {settings.batch_size} texts"
     )
     for note in notes:
         console.print(f"Note: {note}.")
@@ -85,10 +92,12 @@ def fine_tune(settings: Settings, directory: Path, command: str, stop: Stop, res
     try:
         run.start(resume)
         run.train()
-        tested = run.test(encoding.stratified_sample(test.labels, settings.test_texts))
+        tested = run.test(train, test)
         if tested is not None:
             run.save()
-        check = _plain_check(directory, dataset, max_length, tested) if tested and settings.compare else None
+        check = None
+        if tested and settings.compare:
+            check = plain.check(directory, settings, dataset, test, max_length, tested)
     finally:
         run.close()
     complete = tested is not None
@@ -157,29 +166,13 @@ class _Run:
                     self._checkpoint()
         self._checkpoint()
 
-    def test(self, rows: np.ndarray) -> dict | None:
-        """Quality on these test texts, or None if interrupted."""
+    def test(self, train: encoding.Encoded, test: encoding.Encoded) -> dict | None:
+        """Quality on the test texts, or None if interrupted."""
         if self.stop():
             return None
-        found: dict[int, tuple[int, float]] = {}
-        batches = self.main.call("evaluation_batches", count=self.settings.test_texts)
-        with Bar("testing", batches) as bar:
-            for batch in range(batches):
-                if self.stop():
-                    return None
-                reply = self.main.call("evaluate", batch=batch)
-                pairs = zip(reply["labels"], reply["probabilities"], strict=True)
-                found.update(zip(reply["rows"], pairs, strict=True))
-                bar.advance()
-        texts = [self.dataset.test.texts[i] for i in rows]
-        true = [self.dataset.test.labels[i] for i in rows]
-        predicted, probabilities = [found[i][0] for i in rows], [found[i][1] for i in rows]
-        names = self.dataset.label_names
-        return metrics.quality(true, predicted, names) | {
-            "examples": metrics.typical_examples(texts, true, predicted, probabilities, names),
-            "rows": [int(i) for i in rows],
-            "predicted": predicted,
-        }
+        if self.settings.objective == "classification":
+            return evaluation.test_classes(self.main, self.dataset, self.settings, self.stop)
+        return evaluation.test_language(self.main, train, test, self.settings, self.stop)
 
     def save(self) -> None:
         written = self.main.call("save", directory=str(self.directory))
@@ -237,12 +230,19 @@ class _Run:
                 arm.close()
 
     def _resume(self, checkpoint: Path) -> None:
-        saved = json.loads((self.directory / PROGRESS).read_text("utf-8"))
+        try:
+            saved = json.loads((self.directory / PROGRESS).read_text("utf-8"))
+            history, self.comparison, notes = saved["history"], saved["comparison"], saved["notes"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserInputError(
+                f"{self.directory / PROGRESS}, which goes with {CHECKPOINT}, cannot be read; "
+                f"without {CHECKPOINT}, --resume starts the run anew"
+            ) from error
         self.main = LocalArm(**self._arguments(self.settings.attention))
         self._prepared(self.main.call("prepare", dropout=True))
         step = self.main.call("load_checkpoint", path=str(checkpoint))
-        self.history, self.comparison = saved["history"][:step], saved["comparison"]
-        self.notes = [*saved["notes"], f"interrupted after step {step} and resumed"]
+        self.history = history[:step]
+        self.notes = [*notes, f"interrupted after step {step} and resumed"]
         console.print(f"Resuming after step {step} of {self.total}.")
 
     def _prepared(self, reply: dict) -> None:
@@ -259,50 +259,25 @@ class _Run:
         self.notes.extend(f"{name}: {note}" for note in arm.notes)
 
 
-def _plain_check(directory: Path, dataset: datasets.Dataset, max_length: int, tested: dict) -> dict:
-    """The saved model in plain transformers and a process that never imports fastattn: the same labels?"""
-    labels = np.array([dataset.test.labels[i] for i in tested["rows"]])
-    chosen = encoding.stratified_sample(labels, PLAIN_CHECK_TEXTS)
-    rows = [tested["rows"][i] for i in chosen]
-    request = {
-        "model": str(directory / "model"),
-        "texts": [dataset.test.texts[row] for row in rows],
-        "max_length": max_length,
-    }
-    script = Path(__file__).with_name("plain_check.py")
-    done = subprocess.run(
-        [sys.executable, "-I", str(script)],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise ArmError(
-            f"the saved model did not load in plain transformers: {done.stderr.strip().splitlines()[-1]}"
-        )
-    theirs = json.loads(done.stdout.splitlines()[-1])
-    ours = [tested["predicted"][i] for i in chosen]
-    return {
-        "texts": len(rows),
-        "accuracy": float(np.mean(np.array(theirs) == labels[chosen])),
-        "accuracy_here": float(np.mean(np.array(ours) == labels[chosen])),
-        "different_labels": sum(a != b for a, b in zip(theirs, ours, strict=True)),
-    }
-
-
 def _max_length(settings: Settings, tokenizer) -> int:
     """Tokens of a text, special ones included: as asked for, or as many as the model can read."""
     limit = encoding.longest_allowed(tokenizer, models.load_config(settings.model)) - settings.virtual_tokens
+    language = settings.objective != "classification"
     besides = f" besides {settings.virtual_tokens} virtual ones" if settings.virtual_tokens else ""
-    if limit < 1:
+    if limit < 3:
         raise UserInputError(f"{settings.model} reads too few tokens for {settings.train} tuning")
+    least = tokenizer.num_special_tokens_to_add() + 1
+    if settings.max_length and settings.max_length < least:
+        raise UserInputError(
+            f"--max-length {settings.max_length} leaves no room for a text: {settings.model} adds "
+            f"{least - 1} special tokens to each"
+        )
     if (settings.max_length or 0) > limit:
         raise UserInputError(
             f"--max-length {settings.max_length} is more than the {limit} tokens that {settings.model} "
             f"can read{besides}"
         )
-    return settings.max_length or limit
+    return settings.max_length or (min(limit, LANGUAGE_LENGTH) if language else limit)
 
 
 def _truncation(train: encoding.Encoded, test: encoding.Encoded, max_length: int) -> list[str]:

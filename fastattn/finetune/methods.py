@@ -1,4 +1,4 @@
-"""What `--train` means: which parameters of a classifier are trained, and what peft adds to it for that."""
+"""What `--train` means: which parameters of a model are trained, and what peft adds to it for that."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map
 
 from fastattn.errors import MissingDependencyError
 from fastattn.finetune.errors import UserInputError
+from fastattn.finetune.objectives import Objective
 from fastattn.finetune.settings import VIRTUAL_TOKENS
 
 __all__ = ["choose_trained", "head_modules", "is_prompt_learning", "unwrap_head"]
@@ -17,20 +18,20 @@ __all__ = ["choose_trained", "head_modules", "is_prompt_learning", "unwrap_head"
 LORA_RANK, LORA_ALPHA = 8, 16
 
 
-def choose_trained(model: nn.Module, method: str, mixed: bool = False) -> nn.Module:
-    """Freezes all but what `method` trains; the head always trains. Adapters make it a peft model.
+def choose_trained(model: nn.Module, method: str, objective: Objective, mixed: bool = False) -> nn.Module:
+    """Freezes all but what `method` trains; a classifier's head always trains. Adapters make it a peft model.
 
     Args:
         mixed: the model is in bfloat16; modules trained as a whole (head, adapters, layers) go to float32.
             Single parameters of frozen modules (biases, norms) stay: the optimizer has them in float32.
     """
-    head = head_modules(model)
+    head = _language_head(model, method) if objective.is_language else head_modules(model)
     for module in head.values() if mixed else ():
         _to_float32(module)
     if method == "lora":
-        return _with_lora(model, list(head), mixed)
+        return _with_lora(model, list(head), objective, mixed)
     if method in ("prefix", "prompt"):
-        return _with_virtual_tokens(model, method, list(head))
+        return _with_virtual_tokens(model, method, list(head), objective)
     model.requires_grad_(method == "full")
     for module in head.values():
         module.requires_grad_(True)
@@ -48,6 +49,8 @@ def choose_trained(model: nn.Module, method: str, mixed: bool = False) -> nn.Mod
             module.requires_grad_(True)
         if method == "bitfit" and isinstance(getattr(module, "bias", None), nn.Parameter):
             module.bias.requires_grad_(True)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserInputError(f"--train {method}: {model.config.model_type} has nothing of the kind to train")
     return model
 
 
@@ -59,6 +62,16 @@ def head_modules(model: nn.Module) -> dict[str, nn.Module]:
     }
     pooler = getattr(model.base_model, "pooler", None)
     return {f"{prefix}.pooler": pooler, **head} if pooler is not None else head
+
+
+def _language_head(model: nn.Module, method: str) -> dict[str, nn.Module]:
+    """The layer that scores the vocabulary, for --train head. It has learned already."""
+    if method != "head":
+        return {}
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is embeddings.weight:
+        raise UserInputError("--train head: this model's head is its word embeddings; try lora")
+    return {name: module for name, module in model.named_modules() if module is head}
 
 
 def is_prompt_learning(model: nn.Module) -> bool:
@@ -84,30 +97,34 @@ def _cast(value, dtype: torch.dtype):
     return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
-def _with_lora(model: nn.Module, head: list[str], mixed: bool) -> nn.Module:
+def _with_lora(model: nn.Module, head: list[str], objective: Objective, mixed: bool) -> nn.Module:
     peft = _peft()
     known = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     config = peft.LoraConfig(
-        task_type=peft.TaskType.SEQ_CLS,
+        task_type=objective.peft_task,
         r=LORA_RANK,
         lora_alpha=LORA_ALPHA,
         lora_dropout=0.0,
         target_modules=None if model.config.model_type in known else "all-linear",
-        modules_to_save=[name.rsplit(".", 1)[-1] for name in head],
+        modules_to_save=[name.rsplit(".", 1)[-1] for name in head] or None,
     )
     # Otherwise adapters have the model's dtype: the optimizer keeps fp32 copies of all that is trained.
     return peft.get_peft_model(model, config, autocast_adapter_dtype=mixed)
 
 
-def _with_virtual_tokens(model: nn.Module, method: str, head: list[str]) -> nn.Module:
+def _with_virtual_tokens(model: nn.Module, method: str, head: list[str], objective: Objective) -> nn.Module:
     """Prefix tuning (trained keys and values before every layer's own) or prompt tuning (trained embeddings
     before the first layer's). peft keeps both in float32."""
     peft = _peft()
-    common = {"task_type": peft.TaskType.SEQ_CLS, "num_virtual_tokens": VIRTUAL_TOKENS}
+    common = {"task_type": objective.peft_task, "num_virtual_tokens": VIRTUAL_TOKENS}
     if method == "prefix":
         config = peft.PrefixTuningConfig(**common)
-    else:  # embeddings of random words: normally distributed ones are far outside of what the model knows
-        config = peft.PromptTuningConfig(**common, prompt_tuning_init="SAMPLE_VOCAB")
+    else:
+        # Before the encoder alone, where there is one. Embeddings of random words to begin with: normally
+        # distributed ones are far outside of what the model knows.
+        config = peft.PromptTuningConfig(
+            **common, prompt_tuning_init="SAMPLE_VOCAB", num_transformer_submodules=1
+        )
     name = model.config.model_type
     if method == "prefix" and not _takes_past(model):
         raise UserInputError(f"--train prefix: {name} takes no keys and values from outside; try prompt")

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastattn.errors import MissingDependencyError, UnsupportedModelError
+from fastattn.errors import FastattnError, MissingDependencyError, UnsupportedModelError
 from fastattn.finetune.errors import UserInputError
 from fastattn.finetune.files import replace_directory
 from fastattn.finetune.methods import choose_trained, is_prompt_learning, unwrap_head
+from fastattn.finetune.objectives import OBJECTIVES, Objective, of_config
 
 __all__ = [
     "ADAPTER_CONFIG",
@@ -20,11 +21,12 @@ __all__ = [
     "DEFAULT_MODEL",
     "build_model",
     "load_causal_lm",
-    "load_classifier",
     "load_config",
+    "load_saved",
     "load_tokenizer",
     "model_source",
     "save_model",
+    "write",
 ]
 
 DEFAULT_MODEL = "minilm"
@@ -46,6 +48,10 @@ def model_source(name: str) -> str:
 
 def load_tokenizer(name: str):
     tokenizer = _load("AutoTokenizer", name)
+    if len(tokenizer) <= len(
+        set(tokenizer.all_special_ids)
+    ):  # what transformers makes of a folder without one
+        raise UserInputError(f"--model {name} comes with no tokenizer, or with an empty one")
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise UserInputError(f"the tokenizer of {name} has no padding token")
@@ -58,30 +64,37 @@ def load_config(name: str):
 
 
 def build_model(settings, label_names: list[str], attention: str, dropout: bool, pad_id: int) -> nn.Module:
-    """The classifier, the same for equal arguments down to the new head's random weights.
+    """The model to train, the same for equal arguments down to a new head's random weights.
 
     Args:
         attention: "sdpa" or "eager" as transformers has them, or "fastattn": patched.
         dropout: False sets every dropout probability to 0 and leaves the rest as it is.
     """
     torch.manual_seed(settings.seed)
+    objective = OBJECTIVES[settings.objective]
     config = load_config(settings.model)
-    config.num_labels = len(label_names)
-    config.id2label = dict(enumerate(label_names))
-    config.label2id = {label: i for i, label in enumerate(label_names)}
-    config.pad_token_id = pad_id
-    config.problem_type = "single_label_classification"
+    if not objective.is_language:
+        config.num_labels = len(label_names)
+        config.id2label = dict(enumerate(label_names))
+        config.label2id = {label: i for i, label in enumerate(label_names)}
+        config.pad_token_id = pad_id
+        config.problem_type = "single_label_classification"
     if not dropout:
         _without_dropout(config)
     model = _load(
-        "AutoModelForSequenceClassification",
+        objective.auto_class,
         settings.model,
         config=config,
         dtype=getattr(torch, settings.backbone_dtype),
         attn_implementation="sdpa" if attention == "fastattn" else attention,
-        ignore_mismatched_sizes=True,  # a classifier of other classes gets a new head
+        ignore_mismatched_sizes=not objective.is_language,  # a classifier of other classes gets a new head
     )
-    model = choose_trained(model, settings.train, settings.mixed)
+    if objective.name == "causal-lm" and _sees_ahead(model):
+        raise UserInputError(
+            f"--model {settings.model} is an encoder, which sees the words it shall foresee; causal-lm "
+            "needs a decoder"
+        )
+    model = choose_trained(model, settings.train, objective, settings.mixed)
     if attention == "fastattn":
         import fastattn
 
@@ -93,28 +106,35 @@ def build_model(settings, label_names: list[str], attention: str, dropout: bool,
     return model
 
 
-def load_classifier(directory: str, attention: str) -> tuple[nn.Module, str | None]:
-    """A saved classifier for inference, patched where asked for and possible; else also the reason."""
+def load_saved(directory: str, attention: str) -> tuple[nn.Module, Objective, str | None]:
+    """A saved model for inference, patched where asked for and possible; else also the reason."""
     implementation = "sdpa" if attention == "fastattn" else attention
     adapted = (Path(directory) / ADAPTER_CONFIG).is_file()
-    model = _load(
-        "AutoModelForSequenceClassification",
-        str(Path(directory) / BASE) if adapted else directory,
-        dtype="auto",
-        attn_implementation=implementation,
-    )
+    plain = str(Path(directory) / BASE) if adapted else directory
+    objective = of_config(load_config(plain), directory)
+    model = _load(objective.auto_class, plain, dtype="auto", attn_implementation=implementation)
     if adapted:
         model = _load_adapter(model, directory)
     model.eval().requires_grad_(False)
     if attention != "fastattn":
-        return model, None
+        return model, objective, None
     import fastattn
 
     try:
         fastattn.patch(model)
     except UnsupportedModelError as error:
-        return model, str(error)
-    return model, None
+        return model, objective, str(error)
+    return model, objective, None
+
+
+@torch.no_grad()
+def write(model: nn.Module, tokenizer, inputs: dict[str, torch.Tensor], most: int) -> list[str]:
+    """What the model writes behind these texts, or in answer to them: the likeliest token each time."""
+    options = {"max_new_tokens": most, "do_sample": False, "num_beams": 1}
+    made = model.generate(**inputs, **options, pad_token_id=tokenizer.pad_token_id)
+    if not model.config.is_encoder_decoder:
+        made = made[:, inputs["input_ids"].shape[1] :]
+    return tokenizer.batch_decode(made, skip_special_tokens=True)
 
 
 def load_causal_lm(name: str, dtype: str) -> nn.Module:
@@ -154,7 +174,7 @@ def _save_virtual_tokens(model: nn.Module, tokenizer, directory: Path) -> list[s
     # Absolute, so that peft's Auto classes find it from anywhere, as long as the folder stays where it is.
     model.active_peft_config.base_model_name_or_path = str((directory / BASE).resolve())
     with replace_directory(directory) as part:
-        model.save_pretrained(part)
+        model.save_pretrained(part, save_embedding_layers=False)
         (part / "README.md").unlink(missing_ok=True)  # peft's empty model card
         unwrap_head(base)
         base.save_pretrained(part / BASE)
@@ -171,9 +191,17 @@ def _load_adapter(model: nn.Module, directory: str) -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # between libraries, about each other
             return peft.PeftModel.from_pretrained(model, directory)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # as above
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserInputError(f"the adapter in {directory} cannot be loaded by peft: {reason}") from error
+
+
+@torch.no_grad()
+def _sees_ahead(model: nn.Module) -> bool:
+    """Whether what a token is changes what was said before it. transformers loads encoders as causal, too."""
+    texts = (torch.tensor([[0, 1, last]]) % model.config.vocab_size for last in (2, 3))
+    first, second = (model.eval()(input_ids=ids).logits[0, 0] for ids in texts)
+    return not torch.equal(first, second)
 
 
 def _without_dropout(config) -> None:
@@ -186,13 +214,14 @@ def _load(auto_class: str, name: str, **arguments):
     """transformers' own loading, with its pages of advice shortened to the one sentence that matters."""
     try:
         import transformers
-        from safetensors import SafetensorError
     except ImportError as error:
         raise MissingDependencyError("transformers", "finetune") from error
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
         return getattr(transformers, auto_class).from_pretrained(model_source(name), **arguments)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # a broken folder can fail in any way in there
+        if isinstance(error, FastattnError):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserInputError(f"--model {name} cannot be loaded by transformers: {reason}") from error

@@ -1,4 +1,4 @@
-"""`fastattn predict`: a label and its probability for each text."""
+"""`fastattn predict`: for each text a label and its probability, or what a language model writes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from fastattn.finetune.settings import ARMS
 __all__ = ["add_arguments", "predict", "run"]
 
 BATCH = 32
+NEW_TOKENS = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from fastattn.finetune.command import positive
+
     parser.add_argument("model", metavar="DIR", help="a saved model, such as runs/reuters8-head/model")
     parser.add_argument(
         "texts", nargs="*", metavar="TEXT", help="what to label (without: --file, or standard input)"
@@ -27,36 +30,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--json", action="store_true", help="print JSON lines instead of label, probability, text"
     )
     parser.add_argument(
+        "--max-new-tokens",
+        type=positive,
+        default=NEW_TOKENS,
+        metavar="N",
+        help=f"that a language model writes at most ({NEW_TOKENS})",
+    )
+    parser.add_argument(
         "--attention", choices=ARMS, default="fastattn", help="what computes attention (fastattn)"
     )
 
 
 def run(arguments: argparse.Namespace, argv: list[str]) -> int:
     texts = _texts(arguments)
-    labels, refused = predict(arguments.model, texts, arguments.attention)
+    answers, refused = predict(arguments.model, texts, arguments.attention, arguments.max_new_tokens)
     if refused:
         print(f"fastattn predict: not patched: {refused}", file=sys.stderr)
-    for text, (label, probability) in zip(texts, labels, strict=True):
+    for text, answer in zip(texts, answers, strict=True):
         if arguments.json:
-            print(
-                json.dumps(
-                    {"label": label, "probability": round(probability, 6), "text": text}, ensure_ascii=False
-                )
-            )
+            answer = {k: round(v, 6) if isinstance(v, float) else v for k, v in answer.items()}
+            print(json.dumps({**answer, "text": text}, ensure_ascii=False))
         else:
-            print(label, f"{probability:.4f}", " ".join(text.split()), sep="\t")
+            columns = [f"{v:.4f}" if isinstance(v, float) else v for v in answer.values()]
+            print(*(" ".join(column.split()) for column in (*columns, text)), sep="\t")
     return 0
 
 
-def predict(directory: str, texts: list[str], attention: str) -> tuple[list[tuple[str, float]], str | None]:
-    """Label and probability for each text, in order; and why the model was not patched, if so."""
+def predict(
+    directory: str, texts: list[str], attention: str, most: int = NEW_TOKENS
+) -> tuple[list[dict], str | None]:
+    """For each text its label and probability, or what a language model writes in answer to it or behind it
+    (at most `most` tokens); and why the model was not patched, if so."""
     from fastattn.finetune import model as models
     from fastattn.finetune.encoding import longest_allowed
 
     _check_model(Path(directory))
     tokenizer = models.load_tokenizer(directory)
-    model, refused = models.load_classifier(directory, attention)
+    model, objective, refused = models.load_saved(directory, attention)
     longest = longest_allowed(tokenizer, model.config) - _virtual_tokens(model)
+    if objective.name == "causal-lm":
+        tokenizer.padding_side = "left"  # what is written stands behind the text
+        longest -= most
+    if longest < 1:
+        raise UserInputError(f"--max-new-tokens {most} leaves {directory} no token to read")
     results: list = [None] * len(texts)
     by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     with torch.no_grad():
@@ -69,9 +85,13 @@ def predict(directory: str, texts: list[str], attention: str) -> tuple[list[tupl
                 padding=True,
                 return_tensors="pt",
             )
+            if objective.is_language:
+                for row, words in zip(rows, models.write(model, tokenizer, inputs, most), strict=True):
+                    results[row] = {"generated": words}
+                continue
             probability, label = model(**inputs).logits.float().softmax(-1).max(-1)
             for row, i, p in zip(rows, label.tolist(), probability.tolist(), strict=True):
-                results[row] = (model.config.id2label[i], p)
+                results[row] = {"label": model.config.id2label[i], "probability": p}
     return results, refused
 
 

@@ -34,7 +34,12 @@ def summary(reports: list[dict]) -> str:
     for report in reports:
         lines.append(f"\n{title(report)}")
         test, compared = report["test"], report["comparison"] or {}
-        if test:
+        if test and "perplexity" in test:
+            lines.append(
+                f"  test loss {test['loss']:.3f} a token, perplexity {test['perplexity']:.1f} on "
+                f"{test['texts']:,} texts (guessing by frequency: loss {test['frequency_loss']:.3f})"
+            )
+        elif test:
             lines.append(
                 f"  test accuracy {test['accuracy']:.1%}, macro F1 {test['macro_f1']:.3f} on "
                 f"{test['texts']:,} texts (always the largest class: {test['majority_class']:.1%})"
@@ -50,7 +55,12 @@ def summary(reports: list[dict]) -> str:
                     + (" (each arm draws its own dropout)" if key == "train_mode" else "")
                 )
         check = report["plain_transformers"]
-        if check:
+        if check and "loss" in check:
+            lines.append(
+                f"  plain transformers, without fastattn: loss {check['loss']:.4f} on {check['texts']} texts "
+                f"({check['loss_here']:.4f} here)"
+            )
+        elif check:
             lines.append(
                 f"  plain transformers, without fastattn: {check['accuracy']:.1%} on {check['texts']} texts "
                 f"({check['accuracy_here']:.1%} here, {check['different_labels']} labels differ)"

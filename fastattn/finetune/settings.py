@@ -9,9 +9,20 @@ from dataclasses import dataclass
 
 from fastattn.finetune.errors import UserInputError
 
-__all__ = ["ARMS", "METHODS", "VIRTUAL_TOKENS", "Settings", "check_dtypes", "check_method", "default_lr"]
+__all__ = [
+    "ARMS",
+    "METHODS",
+    "OBJECTIVES",
+    "VIRTUAL_TOKENS",
+    "Settings",
+    "check_dtypes",
+    "check_method",
+    "check_objective",
+    "default_lr",
+]
 
 ARMS = ("fastattn", "sdpa", "eager")  # how attention is computed: patched, or one of transformers' own ways
+OBJECTIVES = ("classification", "seq2seq", "causal-lm")
 METHODS = "head, lora, prefix, prompt, bitfit, ln, last-N (last-2 trains the last two layers), full"
 VIRTUAL_TOKENS = 20  # that prefix and prompt put before each text
 LEARNING_RATES = {
@@ -37,6 +48,8 @@ class Settings:
     text_column: str
     label_column: str
     data_dir: str | None
+    objective: str
+    target_column: str
     train: str
     attention: str
     recompute: str
@@ -94,6 +107,18 @@ def check_dtypes(method: str, dtype: str, backbone_dtype: str) -> None:
         raise UserInputError(
             f"--backbone-dtype {backbone_dtype}: --train full leaves nothing frozen; "
             f"--dtype {backbone_dtype} rounds everything"
+        )
+
+
+def check_objective(objective: str, given: dict) -> None:
+    """The options that go with one objective alone, and the model that only classification has."""
+    for option, its in (("label_column", "classification"), ("target_column", "seq2seq")):
+        if option in given and objective != its:
+            raise UserInputError(f"--{option.replace('_', '-')} goes with --objective {its}")
+    if objective != "classification" and "model" not in given:
+        raise UserInputError(
+            f"--objective {objective} needs --model, a language model; "
+            "examples/small_language_model.py makes one"
         )
 
 

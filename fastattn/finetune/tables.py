@@ -49,9 +49,10 @@ def sections(report: dict) -> list[Section]:
 def _setting(report: dict) -> Section:
     settings, data, parameters = report["settings"], report["data"], report["parameters"]
     tokens = data["tokens"]
+    classes = f" in {len(data['labels'])} classes" if data["labels"] else f", {settings['objective']}"
     share = data["padding_share"]
     text = [
-        f"{data['train_texts']:,} training texts of {data['source']} in {len(data['labels'])} classes; held "
+        f"{data['train_texts']:,} training texts of {data['source']}{classes}; held "
         f"out: {data['test_texts']:,} ({data['split']}).",
         f"Tokens a text: mean {tokens['mean']:.0f}, median {tokens['median']:.0f}, 90th percentile "
         f"{tokens['p90']:.0f}, longest {tokens['longest']}. {data['truncated']:,} texts were cut to "
@@ -147,6 +148,8 @@ def _tail_mean(steps: list[dict]) -> float:
 
 
 def _test(test: dict) -> list[Section]:
+    if "perplexity" in test:
+        return _language_test(test)
     rows = [["class", "precision", "recall", "F1", "test texts"]]
     rows += [
         [row["label"], f"{row['precision']:.3f}", f"{row['recall']:.3f}", f"{row['f1']:.3f}", row["texts"]]
@@ -173,8 +176,25 @@ def _test(test: dict) -> list[Section]:
     ]
 
 
+def _language_test(test: dict) -> list[Section]:
+    quality = [
+        f"Loss {test['loss']:.3f} a token (perplexity {test['perplexity']:.1f}) on {test['tokens']:,} tokens "
+        f"of {test['texts']:,} held-out texts; {test['token_accuracy']:.1%} are the model's first choice. "
+        f"Guessing by the training tokens' frequencies has a loss of {test['frequency_loss']:.3f}.",
+    ]
+    rows = [["text", "target", "the model's words"]]
+    rows += [[found["text"], found["target"], found["generated"]] for found in test["examples"]]
+    return [Section("Quality", quality), Section("Some texts, targets and what the model writes", [], rows)]
+
+
 def _plain(check: dict, mixed: bool) -> Section:
     exact = "It is saved in float32 and computes in it, which rounds less than the run did. " if mixed else ""
+    if "loss" in check:
+        said = (
+            f"{exact}Loaded by plain transformers in a process without fastattn: loss {check['loss']:.4f} a "
+            f"token on {check['texts']} of the test texts, {check['loss_here']:.4f} here."
+        )
+        return Section("The saved model without fastattn", [said])
     return Section(
         "The saved model without fastattn",
         [

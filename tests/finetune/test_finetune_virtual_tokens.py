@@ -33,11 +33,13 @@ print(json.dumps([[names[i], p] for i, p in zip(label.tolist(), probability.toli
 """
 
 
-@pytest.mark.parametrize("method", ["prefix", "prompt"])
-def test_a_run_and_its_saved_model(method, tmp_path, tiny_model, table, native, capsys):
+@pytest.mark.parametrize(
+    ("method", "compared"),
+    [("prefix", False), ("prompt", False), pytest.param("prefix", True, marks=pytest.mark.slow)],
+)
+def test_a_run_and_its_saved_model(method, compared, tmp_path, tiny_model, table, native, capsys):
     out = tmp_path / "out"
     options = ["--train", method, "--steps", "4", "--batch-size", "8"]
-    compared = method == "prefix"
     options += ["--compare", "--compare-steps", "2"] if compared else []
     assert main(["finetune", "--model", tiny_model, "--data", table, "--out", str(out), *options]) == 0
     report = json.loads((out / "report.json").read_text())

@@ -12,6 +12,8 @@ process's CPU time, which other processes disturb less; with several threads it 
     qkv        three layers on the same x, apart and as one product
     dx         the gradient with respect to x, with W as it is and a prepacked transposed copy
     autocast   fp32 weights under bf16 autocast, which casts them in every call, and with bf16 copies kept
+    lora       fp32 adapters on q and v, as peft computes them; in x's dtype, added by the last product; both
+               A in one product
 
 bench_frozen_step.py has what whole training steps gain.
 """
@@ -173,7 +175,32 @@ def autocast(tokens: int, fan_in: int, fan_out: int, dtype: torch.dtype) -> Step
     }
 
 
-PARTS = {f.__name__: f for f in (forward, gelu, residual, qkv, dx, autocast)}
+def lora(tokens: int, fan_in: int, fan_out: int, dtype: torch.dtype) -> Steps:
+    if fan_in != fan_out:
+        return {}
+    x, w, b = operands(tokens, fan_in, fan_out, dtype)
+    adapters = [(torch.randn(8, fan_in), torch.randn(fan_out, 8)) for _ in range(2)]
+
+    def passes() -> list[Tensor]:
+        return [
+            (F.linear(x, w, b) + F.linear(F.linear(x.float(), down), up) * 2).to(dtype)
+            for down, up in adapters
+        ]
+
+    def products() -> list[Tensor]:
+        return [add(x @ down.to(dtype).t(), up) for down, up in adapters]
+
+    def together() -> list[Tensor]:
+        low = x @ torch.cat([down for down, _ in adapters]).to(dtype).t()
+        return [add(part, up) for part, (_, up) in zip(low.chunk(2, 1), adapters, strict=True)]
+
+    def add(low: Tensor, up: Tensor) -> Tensor:
+        return F.linear(x, w, b).addmm_(low, (2 * up).to(dtype).t())
+
+    return {"peft": passes, "added": products, "both A": together}
+
+
+PARTS = {f.__name__: f for f in (forward, gelu, residual, qkv, dx, autocast, lora)}
 
 
 if __name__ == "__main__":

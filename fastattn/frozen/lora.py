@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 
+from ..log import log_once
 from . import linear
 from .recompute import is_watched
 
@@ -37,25 +38,39 @@ class Linear(lora.Linear):
         if torch.is_autocast_enabled("cpu") or torch._C._are_functorch_transforms_active():
             return None
         names = [name for name in self.active_adapters if name in self.lora_A]
-        if len(names) != 1 or names[0] in self.lora_variant or _has_any_global_hook():
-            return None
-        layers = self.base_layer, self.lora_A[names[0]], self.lora_B[names[0]]
-        base, a, b = layers
-        if not all(_is_plain(layer, x) for layer in layers) or a.bias is not None or b.bias is not None:
-            return None
-        if x.dim() == 0 or x.shape[-1] != base.in_features or base.weight.dtype != x.dtype:
-            return None
-        if base.bias is not None and (base.bias.requires_grad or base.bias.dtype != x.dtype):
-            return None
-        return None if base.weight.requires_grad else names[0]
+        reason = self._obstacle(names, x)
+        if reason is not None:
+            log_once(f"LoRA on {type(self.base_layer).__name__} is computed as peft does: {reason}")
+        return names[0] if names and reason is None else None
 
-
-def _is_plain(layer: nn.Module, x: Tensor) -> bool:
-    """An nn.Linear that nobody watches, whose weight is in x's dtype, or in fp32 behind an x in bf16."""
-    if type(layer) not in (nn.Linear, linear.Linear) or type(layer.weight) is not nn.Parameter:
-        return False
-    dtypes = (x.dtype, torch.float32) if x.dtype == torch.bfloat16 else (x.dtype,)
-    return layer.weight.device == x.device and layer.weight.dtype in dtypes and not is_watched(layer)
+    def _obstacle(self, names: list[str], x: Tensor) -> str | None:
+        if len(names) > 1:
+            return "several adapters are active"
+        if any(name in self.lora_variant for name in names):
+            return "DoRA or another variant of it"
+        base, adapter = (
+            self.base_layer,
+            [layers[name] for name in names for layers in (self.lora_A, self.lora_B)],
+        )
+        if any(type(layer) not in (nn.Linear, linear.Linear) for layer in (base, *adapter)):
+            return "a layer of another kind"
+        if any(is_watched(layer) for layer in (base, *adapter)) or _has_any_global_hook():
+            return "hooks inside it"
+        if any(layer.bias is not None for layer in adapter):
+            return "the adapter has a bias"
+        if any(p.requires_grad for p in base.parameters()):
+            return "the layer is trained"
+        if (
+            x.dim() == 0
+            or x.shape[-1] != base.in_features
+            or any(p.dtype != x.dtype for p in base.parameters())
+        ):
+            return "its input does not fit"
+        dtypes = (x.dtype, torch.float32) if x.dtype == torch.bfloat16 else (x.dtype,)
+        weights = [layer.weight for layer in (base, *adapter)]
+        if any(type(w) is not nn.Parameter or w.device != x.device or w.dtype not in dtypes for w in weights):
+            return "weights in another dtype or form"
+        return None
 
 
 class _Product(torch.autograd.Function):

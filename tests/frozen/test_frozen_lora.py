@@ -23,6 +23,13 @@ def used(monkeypatch):
     return calls
 
 
+@pytest.fixture
+def said(monkeypatch) -> list[str]:
+    messages = []
+    monkeypatch.setattr(lora, "log_once", messages.append)
+    return messages
+
+
 class Model(nn.Module):
     def __init__(self, bias: bool = True):
         super().__init__()
@@ -180,20 +187,31 @@ def _trained_bias(model, layer):
     layer.base_layer.bias.requires_grad_()
 
 
-CHANGES = (_hook, _second_adapter, _disabled, _merged, _trained_base, _trained_bias)
+CHANGES = {
+    _hook: "hooks inside it",
+    _second_adapter: "several adapters",
+    _disabled: None,
+    _merged: None,
+    _trained_base: "is trained",
+    _trained_bias: "is trained",
+}
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_pefts_own_way(change, used):
+def test_pefts_own_way(change, used, said):
     model, layer = adapted()
     change(model, layer)
     _same_without(model, inputs(), used)
+    assert said == [] if CHANGES[change] is None else CHANGES[change] in said[0]
 
 
-@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}])
-def test_pefts_own_variants(settings, used):
+@pytest.mark.parametrize(
+    ("settings", "reason"), [({"use_dora": True}, "DoRA"), ({"lora_bias": True}, "has a bias")]
+)
+def test_pefts_own_variants(settings, reason, used, said):
     model, _ = adapted(**settings)
     _same_without(model, inputs(), used)
+    assert reason in said[0]
 
 
 def test_pefts_own_way_under_autocast_and_compile(used):

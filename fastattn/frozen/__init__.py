@@ -5,13 +5,18 @@ Knows torch modules only; which of a transformers model's modules it is told abo
 
 from .dropout import replace_dropouts, restore_dropouts, set_packing
 from .feature_cache import FeatureCache
-from .recompute import CloseRecorder, Recompute
+from .linear import Linear, replace_linears, restore_linears
+from .recompute import CloseRecorder, Recompute, is_watched
 
 __all__ = [
     "CloseRecorder",
     "FeatureCache",
+    "Linear",
     "Recompute",
+    "is_watched",
     "replace_dropouts",
+    "replace_linears",
     "restore_dropouts",
+    "restore_linears",
     "set_packing",
 ]

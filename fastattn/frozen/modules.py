@@ -6,6 +6,10 @@ import enum
 
 from torch import nn
 
+from .linear import Linear
+
+_LORA = f"{__package__}.lora"  # which cannot be imported without peft
+
 
 class Kind(enum.Enum):
     """What running a module again costs."""
@@ -21,10 +25,10 @@ def kind_of(module: nn.Module) -> Kind | str | None:
     """
     cls = type(module)
     home, name = cls.__module__, cls.__name__
-    if cls is nn.Linear or (name == "Conv1D" and home == "transformers.pytorch_utils"):
+    if cls in (nn.Linear, Linear) or (name == "Conv1D" and home == "transformers.pytorch_utils"):
         return Kind.LINEAR
-    if home.startswith("peft.tuners."):
-        if name == "Linear" and home.split(".")[2] in ("lora", "ia3"):
+    if home.startswith(("peft.tuners.", _LORA)):
+        if name == "Linear" and (home == _LORA or home.split(".")[2] in ("lora", "ia3")):
             return Kind.LINEAR if kind_of(module.get_base_layer()) is Kind.LINEAR else "of what it wraps"
         return "only LoRA's and IA3's linear layers are known" if hasattr(module, "base_layer") else None
     if cls in (nn.LayerNorm, nn.RMSNorm) or _is_rms_norm(home, name):

@@ -225,3 +225,11 @@ class _After:
             self.site.note(args[0], output)
         if output.requires_grad:
             recorder.offer(output, running.rerun.output, args[0], on_need=self.site.need)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody else would miss a call of it: a hook that is not recompute's, or a forward put in."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    if any(not isinstance(hook, (_Before, _After)) for hook in hooks):
+        return True
+    return bool(module._backward_hooks or module._backward_pre_hooks) or "forward" in vars(module)

@@ -39,6 +39,8 @@ class Rerun:
 
     def output(self, x: Tensor) -> tuple[Tensor]:
         """What the module returned."""
+        # A layer may take another way for an x that needs no gradient.
+        x = x.detach().requires_grad_(self.needs_grad)
         with torch.no_grad(), self._as_before(x):
             return (self.module.forward(x),)
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from .. import dispatch
 from ..errors import BackendUnavailableError, InvalidArgumentError, UnsupportedModelError
-from ..frozen import Recompute, replace_dropouts, restore_dropouts
+from ..frozen import Recompute
 from ..log import logger
 from . import decoder, encoder, first_token, seq2seq, vision
 from .call import EnterHead, LeaveHead, Options
@@ -21,6 +21,7 @@ from .families import EncoderFamily, Family, Reads, VisionFamily, find_family, f
 from .families.own_attention import OwnAttentionFamily, restore
 from .families.seq2seq import Seq2SeqReads, Stack
 from .interface import NAME
+from .layers import ReplaceAdapters, replace_layers, restore_layers
 
 Model = TypeVar("Model", bound=nn.Module)
 _RECORD = "_fastattn_patch"
@@ -95,7 +96,7 @@ def unpatch(model: Model) -> Model:
             handle.remove()
         if record.recompute is not None:
             record.recompute.detach()
-        restore_dropouts(module)
+        restore_layers(module)
         restore(module)
         # Whoever chose another implementation since patch keeps it.
         if record.is_base and module.config._attn_implementation == NAME:
@@ -192,7 +193,8 @@ def _patch_base(model: PreTrainedModel, family: Family, options: Options) -> Non
     before = model.config._attn_implementation
     # The internal attribute, as set_attn_implementation does: sub-configs are models of their own.
     model.config._attn_implementation_internal = NAME
-    replace_dropouts(model)
+    replace_layers(model)
+    handles.append(model.register_forward_pre_hook(ReplaceAdapters()))
     recompute = None if options.recompute == "none" else Recompute(options.recompute).attach(model)
     setattr(model, _RECORD, _Record(options, handles, True, before, recompute))
     logger.info(
@@ -230,6 +232,6 @@ def _patch_head(
         model.register_forward_pre_hook(enter(options, reads), with_kwargs=True),
         model.register_forward_hook(LeaveHead(), with_kwargs=True),
     ]
-    replace_dropouts(model)
+    replace_layers(model)
     setattr(model, _RECORD, _Record(options, handles, False))
     logger.info("patched %s, which reads %s", type(model).__name__, reads.value)

@@ -1,0 +1,141 @@
+"""Frozen linear layers with bias and GELU inside the product: where it is used, and that it is as exact."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from fastattn.frozen import Linear, linear, replace_linears, restore_linears
+
+# AMX is what makes it fast; any CPU that oneDNN has bf16 for computes it.
+pytestmark = pytest.mark.skipif(
+    not (hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+    reason="oneDNN has no bf16 here",
+)
+ROWS = 37
+
+
+@pytest.fixture(autouse=True)
+def used(monkeypatch):
+    """Small products are fused on every machine; the list grows with each."""
+    calls, product = [], Linear.product
+    monkeypatch.setattr(linear, "gains", lambda: True)
+    monkeypatch.setattr(linear, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(Linear, "product", lambda *args: calls.append(args[2:]) or product(*args))
+    return calls
+
+
+def layer(dtype=torch.bfloat16, bias=True) -> nn.Linear:
+    torch.manual_seed(0)
+    module = nn.Linear(29, 43, bias=bias, dtype=dtype).requires_grad_(False)
+    replace_linears(module)
+    return module
+
+
+def inputs(*shape, dtype=torch.bfloat16) -> torch.Tensor:
+    return torch.randn(*(shape or (ROWS, 29)), generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def exact(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    weight, bias = module.weight.double(), module.bias.double()
+    return x.double() @ weight.T + bias
+
+
+@pytest.mark.parametrize("shape", [(ROWS, 29), (3, 11, 29), (1, 29), (29,)])
+def test_as_exact_as_torch(shape, used):
+    module, x = layer(), inputs(*shape)
+    out = module(x)
+    assert used
+    assert out.dtype == torch.bfloat16
+    assert out.shape == (*shape[:-1], 43)
+    torch_error = (nn.functional.linear(x, module.weight, module.bias) - exact(module, x)).abs().max()
+    assert (out - exact(module, x)).abs().max() <= 2 * torch_error + 1e-6
+
+
+@pytest.mark.parametrize("algorithm", ["none", "tanh"])
+def test_gelu_is_as_exact_as_torch(algorithm):
+    module, x = layer(), inputs()
+    expected = nn.functional.gelu(exact(module, x), approximate=algorithm)
+    two_passes = nn.functional.gelu(
+        nn.functional.linear(x, module.weight, module.bias), approximate=algorithm
+    )
+    error = (module.product(x, "gelu", algorithm) - expected).abs().max()
+    assert error <= 2 * (two_passes - expected).abs().max() + 1e-6
+
+
+def test_not_contiguous(used):
+    module, x = layer(), inputs(29, ROWS).T
+    torch.testing.assert_close(module(x), module(x.contiguous()), rtol=0, atol=0)
+    assert len(used) == 2
+
+
+def test_autocast(used):
+    module, x = layer(torch.float32), inputs(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = module(x)
+        assert used
+        assert out.dtype == torch.bfloat16
+        torch.testing.assert_close(out, nn.functional.linear(x, module.weight, module.bias))
+
+
+def test_weights_may_change(used):
+    """Nothing is kept of them."""
+    module, x = layer(), inputs()
+    before = module(x)
+    module.load_state_dict({name: 2 * value for name, value in module.state_dict().items()})
+    torch.testing.assert_close(module(x), 2 * before, rtol=0, atol=0)
+    module.weight.data = torch.zeros_like(module.weight)
+    module.bias = nn.Parameter(torch.ones(43, dtype=torch.bfloat16), requires_grad=False)
+    assert module(x).eq(1).all()
+    assert len(used) == 3
+    assert module.float()(x.float()).dtype == torch.float32
+    assert len(used) == 3
+
+
+def test_where_it_is_not_used(used):
+    module, x = layer(), inputs()
+    expected = nn.functional.linear(x, module.weight, module.bias)
+    assert module(x.clone().requires_grad_()).equal(expected)
+    with torch.no_grad():  # so that recompute, which runs it so, gets the same bits
+        assert module(x.clone().requires_grad_()).equal(expected)
+    for parameter in module.parameters():
+        parameter.requires_grad_()
+        assert module(x).equal(expected)
+        parameter.requires_grad_(False)
+    assert torch.func.vmap(module)(x).shape == expected.shape
+    assert torch.compile(module, backend="eager", fullgraph=True)(x).equal(expected)
+    assert type(layer(bias=False)) is nn.Linear
+    layer(torch.float32)(inputs(dtype=torch.float32))
+    linear.FEWEST_ROWS = ROWS + 1
+    module(x)
+    assert not used
+
+
+def test_errors_stay_torchs():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        layer()(inputs(ROWS, 28))
+    with pytest.raises(RuntimeError, match="dtype"):
+        layer()(inputs(dtype=torch.float32))
+
+
+def test_there_and_back(used):
+    model = nn.Sequential(nn.Linear(29, 43), nn.Linear(43, 2, bias=False), nn.Linear(43, 29))
+    model = model.to(torch.bfloat16).requires_grad_(False)
+    model[2].forward = model[2].forward  # somebody else's
+    state = copy.deepcopy(model.state_dict())
+    replace_linears(model)
+    assert [type(module) for module in model] == [Linear, nn.Linear, nn.Linear]
+    for other in (copy.deepcopy(model[0]), pickle.loads(pickle.dumps(model[0]))):
+        assert type(other) is Linear
+        assert other(inputs()).equal(model[0](inputs()))
+    assert len(used) == 4
+    restore_linears(model)
+    assert all(type(module) is nn.Linear for module in model)
+    assert all(value.equal(state[name]) for name, value in model.state_dict().items())
+
+
+def test_nothing_on_machines_that_do_not_gain(monkeypatch):
+    monkeypatch.setattr(linear, "gains", lambda: False)
+    assert type(layer()) is nn.Linear

@@ -18,9 +18,9 @@ __all__ = ["main"]
 COMMANDS = {
     "finetune": (
         "fastattn.finetune.command",
-        "fine-tune a model on labelled text and report what fastattn changed",
+        "fine-tune a model on texts and report what fastattn changed",
     ),
-    "predict": ("fastattn.finetune.predict", "label texts with a fine-tuned model"),
+    "predict": ("fastattn.finetune.predict", "label texts with a fine-tuned model, or let it write"),
     "icl": ("fastattn.finetune.icl", "label texts with a language model that is shown some labelled ones"),
     "bench": ("fastattn.bench.command", "time the kernels against torch and the machine's peak"),
     "explain": (

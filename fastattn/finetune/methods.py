@@ -123,7 +123,13 @@ def _with_virtual_tokens(model: nn.Module, method: str, head: list[str], objecti
         # Before the encoder alone, where there is one. Embeddings of random words to begin with: normally
         # distributed ones are far outside of what the model knows.
         config = peft.PromptTuningConfig(
-            **common, prompt_tuning_init="SAMPLE_VOCAB", num_transformer_submodules=1
+            **common,
+            prompt_tuning_init="SAMPLE_VOCAB",
+            num_transformer_submodules=1,
+            # peft knows few families' names for these, and takes hidden_size for the width of embeddings
+            token_dim=model.get_input_embeddings().embedding_dim,
+            num_layers=model.config.num_hidden_layers,
+            num_attention_heads=model.config.num_attention_heads,
         )
     name = model.config.model_type
     if method == "prefix" and not _takes_past(model):

@@ -24,3 +24,22 @@ def test_an_example_runs(name, native):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "auto"), [("t5", "Seq2SeqLM"), ("llama", "CausalLM")])
+def test_the_small_language_models_load(tmp_path, family, auto):
+    import transformers
+
+    if not (data_directory() / "orangecontrib").is_dir():
+        pytest.skip(f"the demo data is not in {data_directory()}")
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
+    command = [sys.executable, str(EXAMPLES / "small_language_model.py"), family, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    model = getattr(transformers, f"AutoModelFor{auto}").from_pretrained(tmp_path)
+    assert len(tokenizer) == model.config.vocab_size == 4096
+    ids = tokenizer("wheat exports rose")["input_ids"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "wheat exports rose"
+    assert (ids[-1] == tokenizer.eos_token_id) == (family == "t5")

@@ -90,6 +90,17 @@ def test_a_bfloat16_backbone(make_trainer, native, objective):
         assert trainer.step(0)["loss"] == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_resuming_goes_on_with_the_same_losses(make_trainer, native, tmp_path, objective):
+    whole = make_trainer(objective, "fastattn", train="prefix")
+    losses = [whole.step(i)["loss"] for i in range(2)]
+    whole.save_checkpoint(str(tmp_path / "c.pt"), 2)
+    losses += [whole.step(i)["loss"] for i in range(2, 4)]
+    again = make_trainer(objective, "fastattn", train="prefix")
+    assert again.load_checkpoint(str(tmp_path / "c.pt")) == 2
+    assert [again.step(i)["loss"] for i in range(2, 4)] == losses[2:]
+
+
 def test_what_has_nothing_to_train_says_so(make_trainer):
     with pytest.raises(UserInputError, match="--train head: this model's head is its word embeddings"):
         make_trainer("seq2seq", train="head")

@@ -5,8 +5,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from fastattn.cli import main
+from fastattn.finetune.errors import UserInputError
+from fastattn.finetune.methods import choose_trained
+from fastattn.finetune.objectives import OBJECTIVES
 
 pytest.importorskip("peft")
 
@@ -31,6 +35,34 @@ assert "fastattn" not in sys.modules
 probability, label = logits.softmax(-1).max(-1)
 print(json.dumps([[names[i], p] for i, p in zip(label.tolist(), probability.tolist())]))
 """
+
+
+def test_a_model_that_takes_no_keys_and_values_learns_a_prompt_and_no_prefix():
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+    shape = {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 16}
+    config = DistilBertConfig(vocab_size=50, max_position_embeddings=40, **shape)
+    model = DistilBertForSequenceClassification(config)
+    with pytest.raises(UserInputError, match="--train prefix: distilbert takes no keys and values"):
+        choose_trained(model, "prefix", OBJECTIVES["classification"])
+    adapted = choose_trained(model, "prompt", OBJECTIVES["classification"])
+    ids = torch.arange(5, 15)[None]
+    adapted(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.sum().backward()
+    trained = {name for name, p in adapted.named_parameters() if p.grad is not None}
+    assert trained == {name for name, p in adapted.named_parameters() if p.requires_grad}
+    assert {name.split(".")[0] for name in trained} == {"prompt_encoder", "base_model"}
+
+
+def test_a_prompt_is_as_wide_as_the_embeddings():
+    from transformers import ElectraConfig, ElectraForSequenceClassification
+
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = ElectraConfig(vocab_size=50, embedding_size=8, max_position_embeddings=40, **shape)
+    model = ElectraForSequenceClassification(config)
+    adapted = choose_trained(model, "prompt", OBJECTIVES["classification"])
+    assert adapted.prompt_encoder["default"].embedding.weight.shape == (20, 8)
+    ids = torch.arange(5, 15)[None]
+    assert adapted(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.shape == (1, 2)
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,7 @@ def statistics(folder: Path, instance: str) -> dict[str, dict]:
             loop = main_loop_text(part)
             kernel["tensor_loads"] = part.count("UTMALDG")
             last_wait = max(at for at, text in enumerate(loop) if "WARPGROUP.DEPBAR" in text)
+            kernel["producer_registers"] = producer_registers(part)
             kernel["exponentials_late"] = sum("MUFU.EX2" in text for text in loop[last_wait:])
     return found
 
@@ -113,12 +114,7 @@ def jumped_over(text: str) -> int:
 
 def main_loop_text(text: str, labels: dict[str, int] | None = None) -> list[str]:
     """Instructions of the shortest loop with matrix instructions; `labels` receives where its labels are."""
-    instructions, found = [], {}
-    for line in text.splitlines():
-        if label := re.match(r"(\.L_x_\d+):", line):
-            found[label[1]] = len(instructions)
-        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*);", line):
-            instructions.append(instruction[1])
+    instructions, found = read(text)
     target = {at: re.search(r"BRA.*(\.L_x_\d+)", text) for at, text in enumerate(instructions)}
     loops = [
         (found[label[1]], at + 1)
@@ -131,6 +127,34 @@ def main_loop_text(text: str, labels: dict[str, int] | None = None) -> list[str]
     if labels is not None:
         labels.update({name: at - start for name, at in found.items() if start <= at <= end})
     return instructions[start:end]
+
+
+def read(text: str) -> tuple[list[str], dict[str, int]]:
+    """The instructions of a kernel, and where its labels are among them."""
+    instructions, labels = [], {}
+    for line in text.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*);", line):
+            instructions.append(instruction[1])
+    return instructions, labels
+
+
+def producer_registers(text: str) -> int:
+    """Registers used by what can be reached from where the producer's warpgroup gives the others back."""
+    instructions, labels = read(text)
+    todo = [at for at, instruction in enumerate(instructions) if "USETMAXREG.DEALLOC" in instruction]
+    reached = set()
+    while todo:
+        at = todo.pop()
+        if at in reached:
+            continue
+        reached.add(at)
+        if target := re.search(r"\.L_x_\d+", instructions[at]):
+            todo.append(labels[target[0]])
+        if not re.match(r"(EXIT|BRA(\.\w+)* `)", instructions[at]):  # both may be conditional
+            todo.append(at + 1)
+    return 1 + max(int(r) for at in reached for r in re.findall(r"\bR(\d+)\b", instructions[at]))
 
 
 def kernel_name(text: str) -> str:
@@ -172,6 +196,7 @@ def test_hopper_machine_code(tmp_path, instance):
         assert all(kind.startswith("HGMMA.64x") for kind in loop["matrix_kinds"])
         assert kernel["spilled_bytes"] == loop["spills"] == 0, name
         assert kernel["tensor_loads"] > 0
+        assert kernel["producer_registers"] <= 24, "what setmaxnreg leaves to the producer"
         assert kernel["exponentials_late"] <= 2, f"{name}: exponentials are to be computed while products run"
         slots = loop["instructions"] - kernel.get("jumped_over", 0)
         assert slots / loop["tensor_cycles"] <= most, name

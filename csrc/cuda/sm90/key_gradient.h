@@ -180,10 +180,10 @@ struct KeyGradientConsumer {
       }
   }
 
-  // The products of the step before are still running when this begins.
+  // The products of the step before are still running when this begins. Its queries are there, and those of
+  // the next will be.
   template <bool kMasked>
   __device__ __forceinline__ void step_over(int step) {
-    block.queries().wait(step);
     if constexpr (kMasked) clear_tail(step);
     ptx::pin(weights);
     ptx::wgmma_fence();
@@ -202,9 +202,9 @@ struct KeyGradientConsumer {
     ptx::wgmma_wait<kDk ? 1 : 0>();
     ptx::pin(weights);
     weigh(step);
+    // Keeps the compiler from moving the exponentials behind the end of the product (forward.h).
+    wait_for_queries(step + 1);
     if constexpr (kDk) {
-      // Keeps the compiler from moving the exponentials behind the end of the product (forward.h).
-      if (step + 1 < block.walk.count()) block.queries().wait(step + 1);
       ptx::wgmma_wait<0>();
       ptx::pin(dscores);
       differentiate(step);
@@ -217,6 +217,9 @@ struct KeyGradientConsumer {
     if constexpr (kDv) issue_sum<QTile>(dv[0], left, block.dout_tile(step));
     if constexpr (kDk) issue_sum<QTile>(dk[0], dleft, block.query_tile(step));
     ptx::wgmma_commit();
+  }
+  __device__ __forceinline__ void wait_for_queries(int step) const {
+    if (step < block.walk.count()) block.queries().wait(step);
   }
   __device__ __forceinline__ void pin_results() {
     if constexpr (kDv) ptx::pin(dv[0]);
@@ -231,6 +234,7 @@ struct KeyGradientConsumer {
     if constexpr (kDk) clear(dk);
     if constexpr (kDv) clear(dv);
     const int count = block.walk.count(), masked = block.walk.masked();
+    wait_for_queries(0);
     int step = 0;
 #pragma unroll 1
     for (; step < masked; ++step) step_over<true>(step);

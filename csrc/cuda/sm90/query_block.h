@@ -39,7 +39,6 @@ struct QueryBlock {
   }
 
   // Barriers: of the tiles that stay, then of the rings.
-  static constexpr int kBarrierBytes = 8 + 2 * Ring<Shape::kStages>::kBytes;
   __device__ __forceinline__ uint32_t own_barrier() const { return shared + Shape::kBarriers; }
   __device__ __forceinline__ Ring<Shape::kStages> keys() const { return {own_barrier() + 8}; }
   __device__ __forceinline__ Ring<Shape::kStages> values() const {

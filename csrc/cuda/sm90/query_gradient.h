@@ -54,7 +54,6 @@ struct QueryGradientConsumer {
   }
 
   __device__ __forceinline__ void issue_scores(int n) {
-    block.keys().wait(n);
     ptx::pin(scores);
     ptx::wgmma_fence();
     issue_rows<QTile, KTile>(scores, q, block.key_tile(n));
@@ -91,7 +90,8 @@ struct QueryGradientConsumer {
     mask_tile(dscores, p, block.s, block.band, row, block.walk.at(step) * Shape::kBlockK, 0.0f);
   }
 
-  // The product of the step before is still running when this begins.
+  // The product of the step before is still running when this begins. Its keys are there, and those of the
+  // next will be.
   template <bool kMasked>
   __device__ __forceinline__ void step_over(int step) {
     issue_scores(step);
@@ -102,7 +102,7 @@ struct QueryGradientConsumer {
     if (step > 0) block.keys().release(step - 1);
     weigh();
     // Keeps the compiler from moving the exponentials behind the end of the product (forward.h).
-    if (step + 1 < block.walk.count()) block.keys().wait(step + 1);
+    wait_for_keys(step + 1);
     ptx::wgmma_wait<0>();
     ptx::pin(dscores);
     block.values().release(step);
@@ -112,8 +112,13 @@ struct QueryGradientConsumer {
     issue_dq(step);
   }
 
+  __device__ __forceinline__ void wait_for_keys(int step) const {
+    if (step < block.walk.count()) block.keys().wait(step);
+  }
+
   __device__ __forceinline__ void run() {
     clear(dq);
+    wait_for_keys(0);
     const int count = block.walk.count(), masked = block.walk.masked();
     int step = 0;
 #pragma unroll 1
@@ -132,6 +137,7 @@ struct QueryGradientConsumer {
 #pragma unroll 1
     for (int step = 0; step < block.walk.count(); ++step) {
       const int n = from + step, first_k = block.walk.at(step) * Shape::kBlockK;
+      block.keys().wait(n);
       issue_scores(n);
       issue_dscores(n);
       ptx::wgmma_wait<0>();

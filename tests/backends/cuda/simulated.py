@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -103,12 +102,18 @@ class SimulatedCuda(CudaBackend):
         self.num_sms = 1
         self.options = Options()
         self.launches: list[tuple[str, Report]] = []
-        self.alter: Callable[[str], str] | None = None  # plants a fault in the PTX that is run
+        self.altered: dict[str, Module] = {}  # kernels with faults planted, by name
         self._failure: BaseException | None = None
 
     def set_capability(self, capability: int) -> None:
         """10 * major + minor of the device to be simulated; the library's default is 80."""
         self._library.fake_cudart_set_capability(capability)
+
+    def text_of(self, name: str) -> str:
+        """The PTX of one kernel alone."""
+        text = self._ptx[name].read_text()
+        head, *kernels = re.split(r"^\t// \.globl\t", text, flags=re.M)
+        return head + next(kernel[len(name) :] for kernel in kernels if kernel.startswith(f"{name}\n"))
 
     def supports(self, problem) -> str | None:
         return self._refuses(problem)
@@ -171,8 +176,7 @@ class SimulatedCuda(CudaBackend):
     def _run(self, name, grid, block, shared_bytes, arguments) -> int:
         """One launch, as the fake runtime reports it. Returns 1, and keeps the exception, where it fails."""
         try:
-            path = self._ptx[name.decode()]
-            module = parsed(path) if self.alter is None else parse(self.alter(path.read_text()))
+            module = self.altered.get(name.decode()) or parsed(self._ptx[name.decode()])
             kernel = module.kernels[name.decode()]
             layout = Layout(module, kernel, shared_bytes)
             packed = bytearray(max(layout.param_size, 1))

@@ -142,13 +142,14 @@ def test_a_packed_neighbour_does_not_leak(simulate):
         assert torch.equal(spoilt[result][:rows], clean[result][:rows]), result
 
 
-def test_nothing_conflicts(simulate):
-    """No two lanes wait for one bank, and results are stored 16 bytes at a time."""
-    device = simulate("64", "f16", "plain", 90)
+@pytest.mark.parametrize("dim", [64, pytest.param(128, marks=pytest.mark.slow)])
+def test_no_bank_conflicts(simulate, dim):
+    device = simulate(str(dim), "f16", "plain", 90)
     default = device.options
     device.options = type(default)(statistics=True)
     try:
-        check(Case(**{**HALF, "lengths": ((128, 300),), "wanted": ("q", "k", "v")}))
+        dims = {"head_dim": dim, "head_dim_v": dim}
+        check(Case(**{**HALF, **dims, "lengths": ((128, 300),), "wanted": ("q", "k", "v")}))
     finally:
         device.options = default
     for name, report in device.launches:

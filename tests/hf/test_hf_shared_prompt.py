@@ -123,7 +123,8 @@ def test_generate(kind, padding, options):
     queries = rows(inputs)
     longest = max(map(len, queries))
     ids = torch.stack(
-        [torch.cat((torch.zeros(longest - len(q), dtype=torch.long), prompt, q)) for q in queries]
+        # Padded with a token of the prompt: some versions' penalties see what is masked.
+        [torch.cat((prompt[:1].expand(longest - len(q)), prompt, q)) for q in queries]
     )
     mask = torch.stack(
         [torch.cat((torch.zeros(longest - len(q)), torch.ones(P + len(q)))).long() for q in queries]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..dispatch import load
 from .families import Reads
 
 
@@ -57,6 +58,15 @@ class Layout:
         return padded.view(self.batch, self.seqlen, -1)
 
 
+def _kernels(matrix: Tensor):
+    """The Triton kernels for a matrix on a GPU; None where torch's own are to be used."""
+    if not matrix.is_cuda or torch.compiler.is_compiling() or isinstance(load("triton"), str):
+        return None
+    from ..backends.triton import rows
+
+    return rows
+
+
 class _Gather(torch.autograd.Function):
     """Rows of a matrix. index_select's own gradient adds; these rows are distinct, so it can copy."""
 
@@ -64,6 +74,8 @@ class _Gather(torch.autograd.Function):
     def forward(ctx, matrix: Tensor, rows: Tensor) -> Tensor:
         ctx.save_for_backward(rows)
         ctx.height = matrix.shape[0]
+        if (kernels := _kernels(matrix)) is not None:
+            return kernels.unpad(matrix, rows)
         return matrix.index_select(0, rows)
 
     @staticmethod
@@ -77,6 +89,8 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, packed: Tensor, rows: Tensor, height: int) -> Tensor:
         ctx.save_for_backward(rows)
+        if (kernels := _kernels(packed)) is not None:
+            return kernels.pad(packed, rows, height)
         return packed.new_zeros(height, packed.shape[1]).index_copy_(0, rows, packed)
 
     @staticmethod

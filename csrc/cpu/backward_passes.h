@@ -192,15 +192,16 @@ struct KeyPass : Backward<T, E> {
       const bool inside = keys != nullptr && j >= keys->begin && j < keys->begin + keys->count;
       const int64_t r = inside ? j - keys->begin : 0;
       const bool zero = !inside || (keys->holes && keys->keep[r] == 0);
-      store_gradient(row_of<Storage>(p, io.dk, b, kv_head, s.k0 + j), want_dk, dk_in_place,
-                     dk + r * this->columns_ld, 1.0f, p.head_dim, zero);
-      store_gradient(row_of<Storage>(p, io.dv, b, kv_head, s.k0 + j), this->want_dv, dv_in_place,
-                     dv + r * this->columns_v_ld, this->dropout.scale, p.head_dim_v, zero);
+      store_gradient(io.dk, b, kv_head, s.k0 + j, dk_in_place, dk + r * this->columns_ld, 1.0f, p.head_dim,
+                     zero);
+      store_gradient(io.dv, b, kv_head, s.k0 + j, dv_in_place, dv + r * this->columns_v_ld,
+                     this->dropout.scale, p.head_dim_v, zero);
     }
   }
-  static void store_gradient(Storage* target, bool wanted, bool in_place, const float* sums, float factor,
-                             int64_t n, bool zero) {
-    if (!wanted) return;
+  void store_gradient(const fastattn_tensor& gradient, int64_t b, int64_t kv_head, int64_t row, bool in_place,
+                      const float* sums, float factor, int64_t n, bool zero) const {
+    if (gradient.data == nullptr) return;
+    Storage* target = row_of<Storage>(p, gradient, b, kv_head, row);
     if (zero)
       __builtin_memset(target, 0, (size_t)n * sizeof(Storage));
     else if (!in_place)

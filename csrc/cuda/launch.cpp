@@ -13,9 +13,9 @@ namespace fastattn {
 namespace {
 
 constexpr uint32_t kAdditive = kFeatureBias | kFeatureRelative | kFeatureAlibi;
+constexpr uint32_t kAll = kFeatureSoftcap | kAdditive | kFeatureDropout;
 constexpr const char* kName = "sm_80 mma.sync";
 constexpr const char* kHopperName = "sm_90a wgmma";
-constexpr uint32_t kAll = kFeatureSoftcap | kAdditive | kFeatureDropout;
 
 // Whether a variant computes what is needed. Only the variant of everything asks at run time what is there
 // (variant.h); dropout does in every variant.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import dispatch, ops
 from ..log import log_once
+from .classes import replace_classes, restore_classes
 from .recorder import current
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -91,12 +92,8 @@ def _keying(x: Tensor) -> tuple[Tensor, int, Tensor | None]:
 
 def replace_dropouts(model: nn.Module) -> None:
     """Every plain nn.Dropout in it drops as above from now on."""
-    for module in model.modules():
-        if type(module) is nn.Dropout and "forward" not in vars(module):
-            module.__class__ = Dropout
+    replace_classes(model, {nn.Dropout: Dropout})
 
 
 def restore_dropouts(model: nn.Module) -> None:
-    for module in model.modules():
-        if type(module) is Dropout:
-            module.__class__ = nn.Dropout
+    restore_classes(model, {nn.Dropout: Dropout})

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from .classes import replace_classes, restore_classes
+
 # Below, the call's own cost outweighs the gain.
 FEWEST_ROWS = 1024
 
@@ -62,14 +64,9 @@ def gains() -> bool:
 
 def replace_linears(model: nn.Module) -> None:
     """Every plain nn.Linear with a bias in it works as above from now on, while it is frozen."""
-    if not gains():
-        return
-    for module in model.modules():
-        if type(module) is nn.Linear and module.bias is not None and "forward" not in vars(module):
-            module.__class__ = Linear
+    if gains():
+        replace_classes(model, {nn.Linear: Linear}, lambda module: module.bias is not None)
 
 
 def restore_linears(model: nn.Module) -> None:
-    for module in model.modules():
-        if type(module) is Linear:
-            module.__class__ = nn.Linear
+    restore_classes(model, {nn.Linear: Linear})

@@ -16,6 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..log import log_once
 from . import linear
+from .classes import replace_classes, restore_classes
 from .recompute import is_watched
 
 
@@ -48,10 +49,8 @@ class Linear(lora.Linear):
             return "several adapters are active"
         if any(name in self.lora_variant for name in names):
             return "DoRA or another variant of it"
-        base, adapter = (
-            self.base_layer,
-            [layers[name] for name in names for layers in (self.lora_A, self.lora_B)],
-        )
+        base = self.base_layer
+        adapter = [layers[name] for name in names for layers in (self.lora_A, self.lora_B)]
         if any(type(layer) not in (nn.Linear, linear.Linear) for layer in (base, *adapter)):
             return "a layer of another kind"
         if any(is_watched(layer) for layer in (base, *adapter)) or _has_any_global_hook():
@@ -60,11 +59,8 @@ class Linear(lora.Linear):
             return "the adapter has a bias"
         if any(p.requires_grad for p in base.parameters()):
             return "the layer is trained"
-        if (
-            x.dim() == 0
-            or x.shape[-1] != base.in_features
-            or any(p.dtype != x.dtype for p in base.parameters())
-        ):
+        same_dtype = all(p.dtype == x.dtype for p in base.parameters())
+        if x.dim() == 0 or x.shape[-1] != base.in_features or not same_dtype:
             return "its input does not fit"
         dtypes = (x.dtype, torch.float32) if x.dtype == torch.bfloat16 else (x.dtype,)
         weights = [layer.weight for layer in (base, *adapter)]
@@ -108,12 +104,8 @@ class _Product(torch.autograd.Function):
 
 def replace_loras(model: nn.Module) -> None:
     """Every linear layer with LoRA in it works as above from now on, while that is all it has."""
-    for module in model.modules():
-        if type(module) is lora.Linear and "forward" not in vars(module):
-            module.__class__ = Linear
+    replace_classes(model, {lora.Linear: Linear})
 
 
 def restore_loras(model: nn.Module) -> None:
-    for module in model.modules():
-        if type(module) is Linear:
-            module.__class__ = lora.Linear
+    restore_classes(model, {lora.Linear: Linear})

@@ -13,7 +13,7 @@ from transformers.models.electra import modeling_electra
 from transformers.models.roberta import modeling_roberta
 from transformers.models.xlm_roberta import modeling_xlm_roberta
 
-from ..frozen import Linear, is_watched
+from ..frozen import Linear, is_watched, replace_classes, restore_classes
 
 
 class _Fused:
@@ -55,17 +55,12 @@ _OURS = {
     modeling_roberta.RobertaIntermediate: RobertaIntermediate,
     modeling_xlm_roberta.XLMRobertaIntermediate: XLMRobertaIntermediate,
 }
-_THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 
 
 def replace_intermediates(model: nn.Module) -> None:
     """Those in it whose layer works in `Linear` use its epilogue from now on."""
-    for module in model.modules():
-        if type(module) in _OURS and type(module.dense) is Linear and "forward" not in vars(module):
-            module.__class__ = _OURS[type(module)]
+    replace_classes(model, _OURS, lambda module: type(module.dense) is Linear)
 
 
 def restore_intermediates(model: nn.Module) -> None:
-    for module in model.modules():
-        if type(module) in _THEIRS:
-            module.__class__ = _THEIRS[type(module)]
+    restore_classes(model, _OURS)

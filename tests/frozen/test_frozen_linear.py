@@ -54,14 +54,18 @@ def test_as_exact_as_torch(shape, used):
     assert (out - exact(module, x)).abs().max() <= 2 * torch_error + 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("algorithm", ["none", "tanh"])
-def test_gelu_is_as_exact_as_torch(algorithm):
-    module, x = layer(), inputs()
+def test_gelu_is_as_exact_as_torch(algorithm, dtype):
+    module, x = layer(dtype), inputs(dtype=dtype)
+    assert module.is_fused(x)
     expected = nn.functional.gelu(exact(module, x), approximate=algorithm)
     two_passes = nn.functional.gelu(
         nn.functional.linear(x, module.weight, module.bias), approximate=algorithm
     )
-    error = (module.product(x, "gelu", algorithm) - expected).abs().max()
+    out = module.product(x, "gelu", algorithm)
+    assert out.dtype == dtype
+    error = (out - expected).abs().max()
     assert error <= 2 * (two_passes - expected).abs().max() + 1e-6
 
 
@@ -78,6 +82,18 @@ def test_autocast(used):
         assert used
         assert out.dtype == torch.bfloat16
         torch.testing.assert_close(out, nn.functional.linear(x, module.weight, module.bias))
+
+
+def test_float32_for_gelu_alone(used):
+    module, x = layer(torch.float32), inputs(dtype=torch.float32)
+    assert module(x).equal(nn.functional.linear(x, module.weight, module.bias))
+    assert not used
+    assert module.is_fused(x)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert not module.is_fused(x)
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_weights_may_change(used):

@@ -59,6 +59,18 @@ def test_head_only_in_bf16(family, products):
     assert all(error[name] <= 2 * allowed[name] + 1e-3 for name in allowed)
 
 
+def test_head_only_in_fp32(products):
+    """GELU alone moves into the product."""
+    inputs = labelled()
+    exact = run(head_only(dtype=torch.float64), inputs)
+    model = head_only(dtype=torch.float32)
+    allowed = deviation(run(model, inputs), exact)
+    patch(model, backend=BACKEND)
+    error = deviation(run(model, inputs), exact)
+    assert products == ["gelu"] * 3
+    assert all(error[name] <= 2 * allowed[name] + 1e-6 for name in allowed)
+
+
 def test_xlm_roberta(products):
     config = transformers.XLMRobertaConfig(
         vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48

@@ -113,7 +113,7 @@ def attention_bytes(model: nn.Module, ids: torch.Tensor) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             storages.setdefault(storage.data_ptr(), inside * storage.nbytes())
-        return tensor
+        return tensor.detach()  # an output that its own node holds would never be freed
 
     handles = []
     for module in model.modules():

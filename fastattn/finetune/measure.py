@@ -24,7 +24,7 @@ STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class SavedBytes:
-    """Counts what autograd saves for backward, by unique storage: views and shared tensors count once.
+    """Counts what autograd saves for one backward, by unique storage: views and shared tensors count once.
 
     The weights themselves are not counted: they are there anyway.
     """
@@ -34,14 +34,14 @@ class SavedBytes:
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[SavedBytes]:
-        """Around the forward pass. The saved tensors themselves stay as they are."""
+        """Around the forward pass."""
         storages: dict[int, int] = {}
 
         def note(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in self._weights:
                 storages[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            return tensor.detach()  # an output that its own node holds would never be freed without backward
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             yield self

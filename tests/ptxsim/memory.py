@@ -74,11 +74,10 @@ class GlobalMemory:
         self.data = np.zeros(size, np.uint8)
         self.state = np.zeros(size, np.uint8)  # FORBIDDEN
         for b in self.buffers:
+            self._view(self.data, b, np.uint8, itemwise=True)[...] = POISON
             mark = {"in": READ_ONLY, "out": UNWRITTEN, "inout": WRITTEN}[b.mode]
             self._view(self.state, b, np.uint8, itemwise=True)[...] = mark
-            if b.mode == "out":
-                self._view(self.data, b, np.uint8, itemwise=True)[...] = POISON
-            else:
+            if b.mode != "out":
                 self._view(self.data, b, b.array.dtype)[...] = b.array
         self.words = {w: self.data.view(f"u{w}") for w in (1, 2, 4, 8)}
         self.rows = {w: self.data.reshape(-1, w) for w in (16, 32)}

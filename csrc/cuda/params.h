@@ -37,7 +37,7 @@ struct BiasArg {
 
 // What backward needs of a query row, side by side for one 8-byte load: the base-2 log-sum-exp (+inf for a
 // row that sees no key, so that every weight is exp2(-inf) = 0) and delta = sum(out * dout) - dlse.
-struct RowStatistics {
+struct alignas(8) RowStatistics {
   float lse2;
   float delta;
 };

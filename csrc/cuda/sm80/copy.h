@@ -81,7 +81,7 @@ __device__ __forceinline__ void store_rows(uint32_t tile, int row, const Matrix<
       const int col = (c + chunk) * Tile::kElementsPerChunk;
       const uint4 value = ptx::load_shared_128(tile + Tile::offset(i, c + chunk));
       if (m.aligned && col + Tile::kElementsPerChunk <= m.cols) {
-        *reinterpret_cast<uint4*>(out + col) = value;
+        ptx::store_global_128(out + col, value);
       } else {
         const uint32_t words[4] = {value.x, value.y, value.z, value.w};
 #pragma unroll

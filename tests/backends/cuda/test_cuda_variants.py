@@ -5,15 +5,16 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 
 import pytest
-import torch
 from oracle import Case, check
 from simulated import VARIANTS
+from test_kernels import DTYPES, hold_garbage_back
 
-DIMS, TYPES = (32, 64, 96, 128, 256), ("f16", "bf16", "f32")
-DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
+TABLE = list(itertools.product((32, 64, 96, 128, 256), ("f16", "bf16", "f32")))
 NAMES = {"f16": "4Half", "bf16": "8BFloat16", "f32": "f"}  # as types are mangled
 SOFTCAP, BIAS, RELATIVE, ALIBI, DROPOUT = 1, 2, 4, 8, 16  # bits of a variant, csrc/cuda/params.h
 EVERYTHING = 31
@@ -41,13 +42,15 @@ CASES = {
     "negative scale": ({"options": {"scale": -0.2}}, EVERYTHING),
     "everything": (
         {
-            "group": 2, "bias": (True, True, True, True), "relative_bias": True, "alibi": "heads", "use_lse": True,
-            "wanted": (*GRADIENTS, "bias", "relative_bias"), "options": {"softcap": 10.0, **DRAW},
+            "group": 2, "bias": (True, True, True, True), "relative_bias": True, "alibi": "heads",
+            "use_lse": True, "wanted": (*GRADIENTS, "bias", "relative_bias"),
+            "options": {"softcap": 10.0, **DRAW},
         },
         EVERYTHING,
     ),
 }  # fmt: skip
 ONE_EACH = ("plain", "softcap", "dropout", "alibi", "relative", "bias", "everything")
+FP32 = ("plain", "alibi, softcap", "everything")
 
 
 def instances(launches) -> set[tuple[str, str, int, int]]:
@@ -61,9 +64,8 @@ def hold(device, type_: str, dim: int, name: str) -> None:
     fields, features = CASES[name]
     if type_ == "f32" and features:
         features = EVERYTHING
-    case = Case(**{
-        "dtype": DTYPES[type_], "lengths": ((37, 70),), "kv_heads": 1, "head_dim": dim, "head_dim_v": dim, **fields
-    })  # fmt: skip
+    dims = {"kv_heads": 1, "head_dim": dim, "head_dim_v": dim}
+    case = Case(**{"dtype": DTYPES[type_], "lengths": ((37, 70),), **dims, **fields})
     with device.recorded() as launches:
         check(case)
     found = instances(launches)
@@ -73,14 +75,16 @@ def hold(device, type_: str, dim: int, name: str) -> None:
     assert {kernel for kernel, *_ in found} == expected
 
 
-@pytest.mark.parametrize("name", ONE_EACH)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ONE_EACH else pytest.mark.slow) for name in CASES]
+)
 def test_variant(simulate, name):
     hold(simulate("32", "f16", VARIANTS), "f16", 32, name)
 
 
-def possible(type_: str, dim: int, name: str) -> bool:
+def possible(type_: str, dim: int, fields: dict) -> bool:
     """fp32 has no gradient of a bias above head dimension 128, which test_cuda_backend.py sees refused."""
-    return type_ != "f32" or dim <= 128 or not {"bias", "relative_bias"} & CASES[name][0].keys()
+    return type_ != "f32" or dim <= 128 or not {"bias", "relative_bias"} & fields.keys()
 
 
 @pytest.mark.slow
@@ -88,60 +92,60 @@ def possible(type_: str, dim: int, name: str) -> bool:
     ("type_", "dim", "name"),
     [
         pytest.param(type_, dim, name, id=f"{type_}-{dim}-{name}")
-        for dim in DIMS
-        for type_ in TYPES
-        for name in CASES
-        if possible(type_, dim, name)
+        for dim, type_ in TABLE
+        for name in (ONE_EACH if type_ != "f32" else FP32)
+        if possible(type_, dim, CASES[name][0])
     ],
 )
 def test_every_instance(simulate, type_, dim, name):
     hold(simulate(str(dim), type_, VARIANTS), type_, dim, name)
 
 
-# What else a plain kernel goes through, for the slow tests to combine with every head dimension and type.
-PLAIN = {
-    "packed, causal": {"lengths": ((0, 5), (70, 90), (3, 0)), "packed": True, "options": {"causal": True}},
-    "window": {"lengths": ((150, 140),), "options": {"window": (40, 10)}},
-    "key mask": {"lengths": ((33, 100),) * 2, "mask": 0.5, "group": 2},
+# What else kernels go through, to be combined with every head dimension and type.
+BREADTH = {
+    "packed, causal": {
+        "lengths": ((0, 5), (70, 90), (3, 0)), "packed": True, "use_lse": True, "options": {"causal": True},
+    },
+    "window, unaligned, queries only": {
+        "lengths": ((70, 90),), "narrower": 7, "layout": "sliced", "wanted": ("q",),
+        "options": {"window": (40, 10)},
+    },
+    "key mask, keys only": {"lengths": ((33, 100),) * 2, "mask": 0.5, "group": 2, "wanted": ("k",)},
     "every key masked": {"lengths": ((10, 20),), "mask": 1.0},
-    "no keys": {"lengths": ((20, 0),)},
-    "unaligned": {"lengths": ((20, 40),), "narrower": 7, "layout": "sliced"},
-    "lse": {"lengths": ((40, 70),), "use_lse": True},
-    "queries only": {"lengths": ((70, 40),), "wanted": ("q",)},
-    "keys only": {"lengths": ((70, 40),), "wanted": ("k",)},
-    "values only": {"lengths": ((70, 40),), "wanted": ("v",)},
-}
-EVERY = {
-    "packed": {
-        "lengths": ((33, 70), (0, 3), (50, 20)), "packed": True, "group": 2, "bias": (True, False, True, True),
-        "relative_bias": True, "alibi": "heads", "use_lse": True, "layout": "transposed",
+    "causal, several tiles": {"lengths": ((140, 150),), "options": {"causal": True}},
+    "no keys, values only": {"lengths": ((20, 0),), "wanted": ("v",)},
+    "everything, packed": {
+        "lengths": ((33, 70), (0, 3), (50, 20)), "packed": True, "group": 2, "layout": "transposed",
+        "bias": (True, False, True, True), "relative_bias": True, "alibi": "heads", "use_lse": True,
         "wanted": (*GRADIENTS, "bias", "relative_bias"),
         "options": {"causal": True, "window": (30, 3), "softcap": 10.0, **DRAW},
     },
-    "key mask": {
-        "lengths": ((33, 70),) * 2, "mask": 0.5, "alibi": "batch", "relative_bias": True, "narrower": 7,
-        "layout": "sliced", "wanted": (*GRADIENTS, "relative_bias"), "options": {"softcap": 10.0, **DRAW},
+    "alibi, softcap, dropout, key mask": {
+        "lengths": ((33, 70),) * 2, "mask": 0.5, "alibi": "batch", "narrower": 7, "layout": "sliced",
+        "options": {"softcap": 10.0, **DRAW},
     },
 }  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "fields",
-    [*PLAIN.values(), *EVERY.values()],
-    ids=[*PLAIN, *(f"everything, {name}" for name in EVERY)],
+    ("type_", "dim", "name"),
+    [
+        pytest.param(type_, dim, name, id=f"{type_}-{dim}-{name}")
+        for dim, type_ in TABLE
+        for name in BREADTH
+        if possible(type_, dim, BREADTH[name])
+    ],
 )
-@pytest.mark.parametrize(
-    ("type_", "dim"),
-    [pytest.param(type_, dim, id=f"{type_}-{dim}") for dim in DIMS for type_ in TYPES],
-)
-def test_breadth(simulate, type_, dim, fields):
+def test_breadth(simulate, type_, dim, name):
     simulate(str(dim), type_, VARIANTS)
-    fields = dict(fields)
+    fields = dict(BREADTH[name])
     width = dim - fields.pop("narrower", 0)
-    if type_ == "f32" and dim > 128 and "wanted" in fields:
-        fields["wanted"] = tuple(name for name in fields["wanted"] if "bias" not in name)
-        fields.update({name: None for name in ("bias",) if name in fields}, relative_bias=False)
-    check(Case(**{
-        "dtype": DTYPES[type_], "kv_heads": 1, "head_dim": width, "head_dim_v": width, **fields
-    }))  # fmt: skip
+    check(Case(dtype=DTYPES[type_], kv_heads=1, head_dim=width, head_dim_v=width, **fields))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dim", "type_"), TABLE, ids=[f"{type_}-{dim}" for dim, type_ in TABLE])
+def test_masked_garbage_does_not_leak(simulate, type_, dim):
+    simulate(str(dim), type_, VARIANTS)
+    hold_garbage_back(type_, dim, math.nan)

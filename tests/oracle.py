@@ -123,7 +123,7 @@ def run(
     }
     leaves = [inputs[name].requires_grad_() for name in DIFFERENTIABLE if name in case.wanted]
     function = fastattn.varlen_attention if case.packed else fastattn.attention
-    with _computing_in(compute_dtype):
+    with computing_in(compute_dtype):
         out, lse = function(**inputs, **case.options, return_lse=True, backend=backend)
     results = {"out": out.detach(), "lse": lse.detach()}
     if leaves:
@@ -138,7 +138,7 @@ def run(
 
 
 @contextlib.contextmanager
-def _computing_in(dtype: torch.dtype | None):
+def computing_in(dtype: torch.dtype | None):
     """Make backend="reference" compute in `dtype`."""
     if dtype is None:
         yield

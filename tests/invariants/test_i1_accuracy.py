@@ -136,22 +136,56 @@ def test_denormal_numbers_count(cpu, poisoned, rows):
     torch.testing.assert_close(mean, torch.ones_like(mean))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [2, 40])
+def test_denormal_numbers_in_half_precision(cpu, poisoned, dtype, rows):
+    """Those of fp16 count in full; those of bf16, below 1.2e-38, may be zero, as in bf16 products."""
+    least = torch.finfo(dtype).smallest_normal
+    q, k, v, dout = (torch.randn(1, 2, n, 24).to(dtype) for n in (rows, 50, 50, rows))
+    v = v * least / 4
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    out, expected = (
+        fastattn.attention(*given, backend=backend)
+        for given, backend in ((inputs, "cpu"), (exact, "reference"))
+    )
+    tiny = dout * least / 4
+    (dv,), (expected_dv,) = (
+        torch.autograd.grad(result, given[2], tiny.to(result.dtype))
+        for result, given in ((out, inputs), (expected, exact))
+    )
+    allowed = least if dtype == torch.bfloat16 else torch.finfo(dtype).eps * least
+    for result, reference in ((out, expected), (dv, expected_dv)):
+        assert dtype == torch.bfloat16 or reference.abs().max() > 20 * allowed
+        assert (result.double() - reference).abs().max() <= allowed
+
+
 @pytest.mark.parametrize("rows", [3, 40])
 def test_a_score_of_plus_infinity_spoils_its_own_row_alone(cpu, poisoned, rows):
-    """inf - inf has no value: such a row is NaN as in eager attention, and the others are as without it."""
+    """inf - inf has no value: such a row is NaN as in eager attention, and the others are as without it.
+
+    So are their gradients; each key that the row sees gets a NaN from it.
+    """
     q, k, v = (torch.randn(1, 2, n, 16) for n in (rows, 60, 60))
-    clean, clean_lse = fastattn.attention(q, k, v, return_lse=True, backend="cpu")
+    others = torch.arange(rows) != 1
+
+    def results(q, bias=None):
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        out, lse = fastattn.attention(*inputs, bias=bias, return_lse=True, backend="cpu")
+        return [out.detach(), lse.detach(), *torch.autograd.grad(out.sum(), inputs)]
+
+    clean = results(q)
     bias = torch.zeros(1, 1, rows, 60)
     bias[:, :, 1, 7] = math.inf
-    out, lse = fastattn.attention(q, k, v, bias=bias, return_lse=True, backend="cpu")
-    assert out[:, :, 1].isnan().all()
-    others = torch.arange(rows) != 1
-    torch.testing.assert_close(out[:, :, others], clean[:, :, others])
-    torch.testing.assert_close(lse[:, :, others], clean_lse[:, :, others])
-    q[:, :, 1] = math.inf
-    out = fastattn.attention(q, k, v, backend="cpu")
-    assert out[:, :, 1].isnan().all()
-    assert torch.equal(out[:, :, others], clean[:, :, others])
+    infinite = q.clone()
+    infinite[:, :, 1] = math.inf
+    for spoilt in (results(q, bias), results(infinite)):
+        assert spoilt[0][:, :, 1].isnan().all()
+        assert spoilt[2][:, :, 1].isnan().all()
+        for dirty, expected in zip(spoilt[:3], clean[:3], strict=True):  # out, lse, dq
+            torch.testing.assert_close(dirty[:, :, others], expected[:, :, others])
+        assert all(x.isnan().all() for x in spoilt[3:])
+    assert torch.equal(spoilt[0][:, :, others], clean[0][:, :, others])
 
 
 @pytest.mark.parametrize("rows", [2, 40])

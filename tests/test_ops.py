@@ -25,7 +25,7 @@ def qkv():
     return torch.randn(2, 4, 9, 16), torch.randn(2, 2, 11, 16), torch.randn(2, 2, 11, 8)
 
 
-def forward_arguments(kind: str, grad: bool):
+def forward_arguments(kind: str, grad: bool, need_lse: bool = True):
     q, k, v = qkv()
     optional = [None] * 7
     longest = 0
@@ -44,20 +44,28 @@ def forward_arguments(kind: str, grad: bool):
             x.requires_grad_() if i in (0, 1, 2, 4, 5) and x is not None else x for i, x in enumerate(tensors)
         ]
     dropout_p = 0.2 if optional[-1] is not None else 0.0
-    return (*tensors, True, 0.25, -1, -1, 0.0, dropout_p, longest, longest, "cpu", grad, True)
+    return (*tensors, True, 0.25, -1, -1, 0.0, dropout_p, longest, longest, "cpu", grad, need_lse)
 
 
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("kind", ["plain", "every feature", "transposed", "packed"])
-def test_opcheck_forward(kind, grad):
-    torch.library.opcheck(ops.forward, forward_arguments(kind, grad))
+KINDS = ["plain", "every feature", "transposed", "packed"]
 
 
-@pytest.mark.parametrize("needs", [[True] * 5, [False, True, False, True, False]], ids=str)
-def test_opcheck_backward(needs):
-    *arguments, _, _ = forward_arguments("every feature", False)
+@pytest.mark.parametrize(
+    ("grad", "need_lse"), [(False, False), (False, True), (True, True)], ids=["out", "out, lse", "grad"]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_opcheck_forward(kind, grad, need_lse):
+    torch.library.opcheck(ops.forward, forward_arguments(kind, grad, need_lse))
+
+
+@pytest.mark.parametrize("needs", [[True] * 5, [False, True, False, True, False]], ids=["all", "k, bias"])
+@pytest.mark.parametrize("with_dlse", [False, True], ids=["dout", "dout, dlse"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_opcheck_backward(kind, needs, with_dlse):
+    *arguments, _, _ = forward_arguments(kind, False)
     out, lse = ops.forward(*arguments, True, True)
-    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse) if with_dlse else None
+    needs = [need and arguments[at] is not None for need, at in zip(needs, (0, 1, 2, 4, 5), strict=True)]
     torch.library.opcheck(ops.backward, (dout, dlse, out, lse, needs, *arguments))
 
 
@@ -232,19 +240,31 @@ def test_distributed_data_parallel_averages_gradients():
 
 
 class _Attends(torch.utils.data.Dataset):
+    """Attention and its gradients on two threads, which the worker's default of one would not start."""
+
     def __len__(self):
         return 4
 
     def __getitem__(self, index):
-        q = torch.full((1, 2, 40, 16), float(index))
-        return fastattn.attention(q, q, q)
+        torch.set_num_threads(2)
+        q, k, v = torch.randn(3, 1, 4, 300, 16, generator=torch.Generator().manual_seed(index))
+        return attention_and_gradients(q, k, v)
+
+
+def attention_and_gradients(*inputs):
+    inputs = leaves(*inputs)
+    out = fastattn.attention(*inputs, causal=True, backend="cpu")
+    return [out.detach(), *torch.autograd.grad(out.square().sum(), inputs)]
 
 
 def test_workers_forked_after_use():
-    q = torch.randn(4, 4, 64, 16)
-    fastattn.attention(q, q, q)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    attention_and_gradients(*torch.randn(3, 1, 4, 300, 16))
+    expected = [_Attends()[index] for index in range(4)]
+    torch.set_num_threads(before)
     loader = torch.utils.data.DataLoader(
-        _Attends(), num_workers=2, multiprocessing_context="fork", timeout=60
+        _Attends(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60
     )
-    for index, batch in enumerate(loader):
-        torch.testing.assert_close(batch, torch.full_like(batch, float(index)))
+    for found, alone in zip(loader, expected, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(found, alone, strict=True))

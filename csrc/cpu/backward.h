@@ -273,6 +273,8 @@ struct Backward {
       const bool large = is_large(q.lse[i]);
       if (large) round_products(row, first, last, scale);
       (this->*finish)(row, drow, first, last, large ? 1.0f : scale, q.lse[i], q.delta[i], keep);
+      // exp(-inf - NaN) is NaN: a spoilt row would reach the dv of neighbours of the keys it sees.
+      if (want_dv && q.lse[i] != q.lse[i]) mask_row(row, begin, end, keys, 0.0f);
       if (want_ds) {
         mask_row(drow, begin, end, keys, 0.0f);
         zero_outside(drow, begin, end, keys.padded);

@@ -70,13 +70,22 @@ def _timed(
         ))  # fmt: skip
 
 
-def extra_bytes(length: int, heads: int = 1, dtype: torch.dtype = torch.float32) -> int | None:
-    """What one thread needs beyond inputs and results in forward and backward; None where nobody can tell."""
+def extra_bytes(
+    length: int, heads: int = 1, dtype: torch.dtype = torch.float32, group: int = 1
+) -> int | None:
+    """What one thread needs beyond inputs and results in forward and backward; None where nobody can tell.
+
+    group: query heads that share a key head.
+    """
     found: list[int] = []
+    threads_before = torch.get_num_threads()
 
     def run(rows: int) -> None:
         torch.set_num_threads(1)
-        q, k, v, dout = (torch.randn(1, heads, rows, HEAD_DIM).to(dtype) for _ in range(4))
+        q, k, v, dout = (
+            torch.randn(1, n, rows, HEAD_DIM).to(dtype)
+            for n in (heads, heads // group, heads // group, heads)
+        )
         leaves = [x.requires_grad_() for x in (q, k, v)]
         reset_peak_rss()
         before = rss()
@@ -92,6 +101,7 @@ def extra_bytes(length: int, heads: int = 1, dtype: torch.dtype = torch.float32)
         thread = threading.Thread(target=run, args=(rows,))  # its workspace begins and ends with it
         thread.start()
         thread.join()
+    torch.set_num_threads(threads_before)  # the thread's setting was everyone's
     return found[0] if found else None
 
 

@@ -14,6 +14,7 @@ import torch
 import fastattn
 from fastattn.backends import Backend
 from fastattn.backends.cpu import abi, library
+from fastattn.dispatch import load
 from fastattn.errors import FastattnError
 from fastattn.problem import AttentionInputs, describe
 
@@ -44,8 +45,6 @@ check()
 
 
 def _isas() -> list[str]:
-    from fastattn.dispatch import load
-
     backend = load("cpu")
     return [] if isinstance(backend, str) else backend.isas()
 
@@ -105,6 +104,14 @@ def test_medium_precision_takes_fp32_products_in_bfloat16(cpu, monkeypatch, medi
     assert not torch.equal(out, full)
     torch.set_float32_matmul_precision("highest")
     assert torch.equal(full, fastattn.attention(q, k, v, backend="cpu"))
+
+
+def test_the_library_is_there():
+    """Where it is not, all else is skipped, which must not pass for success unless it was asked for."""
+    backend = load("cpu")
+    if (library.PATH.parent / "SKIPPED").exists():
+        pytest.skip(str(backend))
+    assert not isinstance(backend, str), backend
 
 
 def test_it_keeps_the_protocol(cpu):

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from fastattn.bench import contenders, phases, ratios
+from fastattn.bench import contenders, peak, phases, ratios
 from fastattn.bench.grid import MASKS, Cell, Inputs
 from fastattn.bench.timing import interleaved_medians
 from fastattn.cli import main
@@ -55,6 +55,14 @@ def test_contenders_take_turns():
     assert min(medians.values()) > 0
     rounds = "".join(order).rstrip("b")
     assert rounds.count("ba") >= 3, "a runs again only after b"
+
+
+def test_peak_compiles_and_counts(cpu, monkeypatch):
+    monkeypatch.setattr(peak, "_copy_bytes", lambda seconds: 1.0)  # needs half a GiB
+    found = peak.measure(cpu.isa(), threads=2, seconds=0.02)
+    assert found.reason == ""
+    assert found.bfloat16 >= found.float32 > 0
+    assert "no compiler flags" in peak.measure("abacus", 1, 0.02).reason
 
 
 def test_command_writes_what_it_measured(tmp_path, capsys):

@@ -183,6 +183,8 @@ def test_where_it_does_not_apply_torch_does_it():
     assert torch.equal(Dropout(0.0).train()(x), x)
     assert torch.equal(Dropout(1.0).train()(x), torch.zeros_like(x))
     assert Dropout(0.5).train()(x.double()).dtype == torch.float64
+    mapped = torch.vmap(Dropout(0.5).train(), randomness="different")(torch.ones(3, 4, 50))
+    assert set(mapped.unique().tolist()) == {0.0, 2.0}
     in_place = Dropout(0.5, inplace=True).train()
     y = torch.ones(4, 6)
     assert in_place(y) is y

@@ -71,6 +71,46 @@ def test_garbage_under_key_mask(dtype, garbage, pattern):
         assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("garbage", GARBAGE)
+@pytest.mark.parametrize("spoilt", ["k", "v"])
+@pytest.mark.parametrize(
+    ("rows", "keys", "at", "options"),
+    [
+        (150, 150, 70, {"causal": True}),
+        (150, 150, 70, {"window": (20, 3)}),
+        (90, 600, 520, {"causal": True}),
+        (90, 600, 300, {"window": (230, 10)}),
+        (6, 600, 597, {"causal": True}),
+        (6, 600, 300, {"window": (296, None)}),
+    ],
+    ids=str,
+)
+def test_garbage_in_a_key_that_some_rows_see(dtype, garbage, spoilt, rows, keys, at, options):
+    """Rows that don't see it are as without it, and so are the keys that none of the spoilt rows sees."""
+    q, k, v = (torch.randn(1, 2, n, 24).to(dtype) for n in (rows, keys, keys))
+    mask = torch.rand(1, keys) > 0.2
+    mask[0, at] = True
+    clean = forward_and_backward(q, k, v, key_mask=mask, **options)
+    {"k": k, "v": v}[spoilt][:, :, at] = garbage
+    out, lse, (dq, dk, dv) = forward_and_backward(q, k, v, key_mask=mask, **options)
+    i, j = torch.arange(rows)[:, None] + keys - rows, torch.arange(keys)
+    left, right = options.get("window", (None, 0))
+    visible = (j >= i - (keys if left is None else left)) & (j <= i + (keys if right is None else right))
+    others = ~visible[:, at]
+    assert others.any()
+    assert not others.all()
+    apart = ~visible[~others].any(0)
+    tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 4 * torch.finfo(dtype).eps}
+    for dirty, expected in zip((out, lse, dq), (*clean[:2], clean[2][0]), strict=True):
+        torch.testing.assert_close(dirty[:, :, others], expected[:, :, others], **tolerance)
+    for dirty, expected in zip((dk, dv), clean[2][1:], strict=True):
+        torch.testing.assert_close(dirty[:, :, apart], expected[:, :, apart], **tolerance)
+    if spoilt == "v":
+        assert not out[:, :, ~others].isfinite().all(-1).any()
+        torch.testing.assert_close(lse, clean[1])
+
+
 @pytest.mark.parametrize("garbage", GARBAGE)
 def test_garbage_in_a_neighbouring_packed_sequence(garbage):
     q = torch.randn(60, 2, 16)

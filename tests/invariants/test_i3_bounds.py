@@ -12,7 +12,6 @@ import signal
 import pytest
 import torch
 
-import fastattn
 from fastattn.backends import Gradients
 from fastattn.dispatch import load
 from fastattn.problem import AttentionInputs, describe
@@ -85,9 +84,13 @@ def test_inputs_and_outputs_against_forbidden_pages(dtype, at_end, sizes):
         guarded_like(inputs.bias.float(), at_end),
         guarded_like(inputs.relative_bias, at_end),
     )
+    for written in (out, lse, *gradients):
+        written.fill_(math.nan)
     load("cpu").forward(problem, inputs, out, lse)
     load("cpu").backward(problem, inputs, out, lse, dout, dlse, gradients)
     assert all(x.isfinite().all() for x in (out, *gradients))
+    assert not lse.isnan().any()
+    assert all((x != 0).any() for x in (out, *gradients)) or seqlen_q == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -110,54 +113,61 @@ def test_nothing_is_written_between_rows(dtype):
         assert (around == 7.0).all()
 
 
-def test_strides_beyond_32_bits():
-    """Rows four billion elements apart, in memory of which only what is touched exists."""
-    far = 2**31 + 64
+FAR = 2**31 + 64
+
+
+def sparse(shape, strides, dtype) -> torch.Tensor:
+    """A tensor in memory of which only what is touched exists."""
+    size = torch.empty(0, dtype=dtype).element_size()
+    count = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + 4096
     try:
-        memory = mmap.mmap(-1, (3 * far + 1024) * 2, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
+        memory = mmap.mmap(-1, count * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
     except (OSError, ValueError) as error:  # 0x4000 is MAP_NORESERVE on Linux
-        pytest.skip(f"this machine maps no sparse memory of {6 * far >> 30} GiB: {error}")
-    flat = torch.frombuffer(memory, dtype=torch.bfloat16)
-    sparse = flat.as_strided((1, 1, 4, 16), (0, 0, far, 1))
-    dense = torch.randn(1, 1, 4, 16).bfloat16()
-    sparse.copy_(dense)
-    inputs = [x.detach().requires_grad_() for x in (dense, dense, dense)]
-    expected = fastattn.attention(*inputs, backend="cpu")
-    (expected_dq,) = torch.autograd.grad(expected.sum(), inputs[:1])
-    assert torch.equal(fastattn.attention(sparse, sparse, sparse, backend="cpu"), expected.detach())
-    q = dense.detach().requires_grad_()
-    (dq,) = torch.autograd.grad(fastattn.attention(q, sparse, sparse, backend="cpu").sum(), q)
-    assert torch.equal(dq, expected_dq)
-    assert math.isfinite(float(dq.float().sum()))
+        pytest.skip(f"this machine maps no sparse memory of {count * size >> 30} GiB: {error}")
+    return torch.frombuffer(memory, dtype=dtype).as_strided(shape, strides)
 
 
+def ordinary(shape, strides, dtype) -> torch.Tensor:
+    return torch.full(shape, math.nan, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [3, 11], ids=["few rows", "tiles of rows"])
 @pytest.mark.parametrize("axis", [0, 1, 2], ids=["batch", "head", "row"])
-def test_results_with_strides_beyond_32_bits(axis):
-    """Gradients and outputs 2^31 elements apart along one axis, in memory that exists where it is touched."""
-    far = 2**31 + 64
-    shape = [2 if axis == 0 else 1, 2 if axis == 1 else 1, 3, 16]
-    strides = [48 * 16, 48 * 8, 16, 1]
-    strides[axis] = far
-    count = (shape[axis] - 1) * far + 4096
-    memories = []
-
-    def sparse():
-        try:
-            memories.append(mmap.mmap(-1, count * 2, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000))
-        except (OSError, ValueError) as error:
-            pytest.skip(f"this machine maps no sparse memory of {2 * count >> 30} GiB: {error}")
-        return torch.frombuffer(memories[-1], dtype=torch.bfloat16).as_strided(shape, strides)
-
-    dense = [torch.randn(shape).bfloat16() for _ in range(4)]
-    problem = describe(AttentionInputs(*dense[:3]), (False, 0.25, -1, -1, 0.0, 0.0, 0, 0), True)
+def test_strides_beyond_32_bits(axis, rows, dtype):
+    """Inputs, outputs and gradients 2^31 elements apart along one axis."""
+    shape = [2 if axis == 0 else 1, 2 if axis == 1 else 1, rows, 16]
+    strides = [rows * 16 * 2, rows * 16, 16, 1]
+    strides[axis] = FAR
+    dense = [torch.randn(shape).to(dtype) for _ in range(4)]
+    of_rows = [FAR if i == axis else n for i, n in enumerate((2 * rows, rows, 1))]
+    of_bias = [FAR if i == axis else n for i, n in enumerate((2 * rows * rows, rows * rows, rows, 1))]
+    key_mask = torch.rand(shape[0], rows) > 0.2
+    bias = torch.randn(shape[0], shape[1], rows, rows).to(dtype)
+    relative_bias = torch.randn(shape[1], 2 * rows - 1)
+    options = (False, 0.25, -1, -1, 0.0, 0.0, 0, 0)
     found = []
-    for allocate in (lambda: torch.empty(shape, dtype=torch.bfloat16), sparse):
-        q, k, v, dout, out, *gradients = (allocate() for _ in range(8))
+    for allocate in (ordinary, sparse):
+        q, k, v, dout, out, dq, dk, dv = (allocate(shape, strides, dtype) for _ in range(8))
         for to, source in zip((q, k, v, dout), dense, strict=True):
             to.copy_(source)
-        lse = torch.empty(shape[:3])
-        load("cpu").forward(problem, AttentionInputs(q, k, v), out, lse)
-        load("cpu").backward(problem, AttentionInputs(q, k, v), out, lse, dout, None, Gradients(*gradients))
+        # Strides of the row statistics are those of batch and heads: rows lie side by side.
+        lse, dlse = (allocate(shape[:3], [*of_rows[:2], 1], torch.float32) for _ in range(2))
+        dlse.fill_(0.5)
+        inputs = AttentionInputs(
+            q, k, v,
+            key_mask=allocate(key_mask.shape, (FAR, 1), torch.bool).copy_(key_mask),
+            bias=allocate(bias.shape, of_bias, dtype).copy_(bias),
+            relative_bias=allocate(relative_bias.shape, (FAR, 1), torch.float32).copy_(relative_bias),
+        )  # fmt: skip
+        gradients = Gradients(
+            dq, dk, dv,
+            allocate(bias.shape, of_bias, torch.float32),
+            allocate(relative_bias.shape, (FAR, 1), torch.float32),
+        )  # fmt: skip
+        problem = describe(inputs, options, True)
+        load("cpu").forward(problem, inputs, out, lse)
+        load("cpu").backward(problem, inputs, out, lse, dout, dlse, gradients)
         found.append([x.clone() for x in (out, lse, *gradients)])
     assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
     assert all(x.isfinite().all() for x in found[0])

@@ -74,6 +74,17 @@ def test_neighbours_in_the_batch(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_neighbours_that_change_how_work_is_divided(dtype):
+    """Units of three query tiles and of whole heads; alone: of one tile, and of key tiles that take turns."""
+    q, k, v = (torch.randn(8, 16, n, 16).to(dtype) for n in (130, 270, 270))
+    bias = torch.randn(1, 16, 1, 270)
+    together = results(q, k, v, bias, causal=True)
+    alone = results(q[1:2], k[1:2], v[1:2], bias, causal=True)
+    for x, y in zip(together[:5], alone[:5], strict=True):
+        assert torch.equal(x[1:2], y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_packed_or_padded(dtype, options):
     """A sequence gives the same whether padding or other sequences surround it, rounding apart."""

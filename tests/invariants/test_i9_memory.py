@@ -79,12 +79,16 @@ def test_nothing_is_saved_when_nothing_needs_a_gradient():
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("length", "heads"), [(512, 1), (6144, 1), (2048, 16)])
-def test_a_thread_needs_little_beyond_results(dtype, length, heads):
-    """At most 8 MiB at any length, where all scores of 6144 rows would be 144 MiB in float32."""
-    found = extra_bytes(length, heads, dtype)
+@pytest.mark.parametrize(
+    ("length", "heads", "group"), [(512, 1, 1), (12288, 1, 1), (2048, 16, 1), (2048, 8, 8)], ids=str
+)
+def test_a_thread_needs_little_beyond_results(dtype, length, heads, group):
+    """At most 8 MiB at any length, where all scores of 12288 rows would be 576 MiB in float32."""
+    before = torch.get_num_threads()
+    found = extra_bytes(length, heads, dtype, group)
     assert found is not None
     assert found <= 8 << 20
+    assert torch.get_num_threads() == before
 
 
 def test_flops_of_known_problems():

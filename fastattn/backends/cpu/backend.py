@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from pathlib import Path
 
 import torch
@@ -35,9 +36,16 @@ class CpuBackend:
             try:
                 self._library = open_library(self._path)
                 self._parallel_for = torch_parallel_for()
+                if hasattr(os, "register_at_fork"):
+                    os.register_at_fork(after_in_child=self._use_own_threads)
             except LibraryMissingError as error:
                 self._unavailable = str(error)
         return self._unavailable
+
+    def _use_own_threads(self) -> None:
+        """In a forked child torch's pool has no threads left, and whoever asks it for some waits for ever."""
+        self._parallel_for = 0
+        self._executors.clear()
 
     def supports(self, problem: AttentionProblem) -> str | None:
         if problem.device.type != "cpu":

@@ -75,17 +75,28 @@ def load(name: str) -> Backend | str:
     """The backend, or the reason it is not available here. Imports it when it is first asked for."""
     loaded = _backends.get(name)
     if loaded is None:
-        try:
-            loaded = importlib.import_module(f"fastattn.backends.{name}").backend
-        except ModuleNotFoundError as error:
-            if error.name == f"fastattn.backends.{name}":
-                loaded = "not part of this installation"
-            else:
-                loaded = f"the package {error.name!r} is not installed"
+        loaded = _import(name)
         if not isinstance(loaded, str):
             loaded = loaded.status() or loaded
         _backends[name] = loaded
     return loaded
+
+
+def _import(name: str) -> Backend | str:
+    try:
+        return importlib.import_module(f"fastattn.backends.{name}").backend
+    except ModuleNotFoundError as error:
+        if error.name == f"fastattn.backends.{name}":
+            return "not part of this installation"
+        return f"the package {error.name!r} is not installed"
+
+
+def details(name: str) -> list[str]:
+    """What a backend says of itself and the devices, also where it is not available."""
+    loaded = load(name)
+    if isinstance(loaded, str):
+        loaded = _import(name)
+    return [] if isinstance(loaded, str) else loaded.details()
 
 
 @dataclass(frozen=True)

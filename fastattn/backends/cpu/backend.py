@@ -39,6 +39,11 @@ class CpuBackend:
                 self._unavailable = str(error)
         return self._unavailable
 
+    def details(self) -> list[str]:
+        if self.status() is not None:
+            return []
+        return [f"instruction set: {self.isa()}, of {', '.join(self.isas())}"]
+
     def supports(self, problem: AttentionProblem) -> str | None:
         if problem.device.type != "cpu":
             return f"for tensors on the CPU, these are on {problem.device}"

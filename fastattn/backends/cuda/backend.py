@@ -140,7 +140,7 @@ class CudaBackend:
         inputs = _stand_ins(problem)
         problem_struct = abi.problem_struct(abi.fixed_part(problem), problem, inputs)
         splits = self._library.fastattn_cuda_num_splits(problem_struct, self._sms(problem))
-        capability = self._device(problem.device.index or 0)[0]
+        capability = self.capability(problem.device)
         forward = self._library.fastattn_cuda_forward_kernel(problem_struct, capability, splits)
         backward = self._library.fastattn_cuda_backward_kernels(problem_struct, capability)
         if forward is None or backward is None:
@@ -212,6 +212,10 @@ class CudaBackend:
         capability, sms = ctypes.c_int32(), ctypes.c_int32()
         self._check(self._library.fastattn_cuda_device(index, capability, sms))
         return capability.value, sms.value
+
+    def capability(self, device: torch.device) -> int:
+        """10 * major + minor of its compute capability."""
+        return self._device(device.index or 0)[0]
 
     def _sms(self, problem: AttentionProblem) -> int:
         index = problem.device.index or 0

@@ -1,4 +1,4 @@
-// What every kernel is given: fastattn_problem and its results, checked and narrowed by launch.cu.
+// What every kernel is given: fastattn_problem and its results, checked and narrowed by plan.cpp.
 #pragma once
 
 #include <stdint.h>

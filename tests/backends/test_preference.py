@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
+from pathlib import Path
 
 import preference_table
 import pytest
@@ -11,7 +13,7 @@ import torch
 
 import fastattn
 from fastattn import dispatch
-from fastattn.backends.preference import cuda_first
+from fastattn.backends.preference import FIGURES, cuda_first
 from fastattn.errors import UnsupportedError
 from fastattn.problem import AttentionInputs, AttentionOptions, describe
 
@@ -180,6 +182,53 @@ def test_explain_says_that_it_is_a_model(backends, monkeypatch):
     told = str(fastattn.explain(q, q, q))
     assert "computed by cuda (cuda's kernel)" in told
     assert f"not triton: able to, but cuda is {MODEL}" in told
+
+
+LOOPS = json.loads((Path(__file__).parent / "cuda" / "main_loops.json").read_text())
+INSTANCES = {"plain": "0", "dropout": "16", "softcap": "1"}
+
+
+@pytest.mark.parametrize("key", FIGURES, ids=str)
+def test_the_figures_of_cuda_are_those_counted(key):
+    """By cuda/test_statistics.py, which holds its table to what nvcc makes."""
+    capability, dim, scores = key
+    hopper = capability == 90
+    kernels = LOOPS[f"sm_90a Half {dim}" if hopper else f"Half {dim} {INSTANCES[scores]}"]
+    loops = {name: kernel["main_loop"] for name, kernel in kernels.items()}
+    moving = kernels["forward"]["jumped_over"]
+    figures = FIGURES[key][1]
+    cycles = loops["forward"]["tensor_cycles"]
+    assert figures.forward == pytest.approx((loops["forward"]["instructions"] - moving) / cycles, abs=0.006)
+    assert figures.moving == pytest.approx(moving / cycles, abs=0.006)
+    if figures.dq is None:
+        return
+    dq = loops["query_gradient"]
+    assert figures.dq == pytest.approx(dq["instructions"] / dq["tensor_cycles"], abs=0.006)
+    if "key_gradient" in loops:
+        instructions, cycles = (loops["key_gradient"][name] for name in ("instructions", "tensor_cycles"))
+    else:  # apart they compute a product of the four twice: dk three, dv two
+        dk, dv = loops["key_gradient_dk"], loops["key_gradient_dv"]
+        instructions, cycles = dk["instructions"] + dv["instructions"], dk["tensor_cycles"] / 3 * 4
+    assert figures.dkdv == pytest.approx(instructions / cycles, abs=0.006)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", FIGURES, ids=str)
+def test_the_figures_of_triton_are_those_counted(key):
+    pytest.importorskip("triton")
+    from fastattn.backends.triton import compile as triton_compile
+
+    capability, dim, scores = key
+    features = frozenset() if scores == "plain" else frozenset({scores})
+    cycles_of_a_product = {80: 8 / 2048, 90: 1 / 512}[capability]  # a multiply-add and warp, sass.py's rates
+    for kernel, products in (("forward", 2), ("dq", 3), ("dkdv", 4)):
+        variant = triton_compile.Variant(kernel, capability, dim, features=features)
+        counted = triton_compile.statistics(variant, triton_compile.build(variant))["main_loop"]
+        tiles = variant.tiles()
+        pairs = tiles.block_m * tiles.block_n * (2 if tiles.paired else 1)
+        needed = products * pairs * dim / tiles.num_warps * cycles_of_a_product
+        expected = getattr(FIGURES[key][0], kernel)
+        assert expected == pytest.approx(counted["instructions"] / needed, abs=0.006), kernel
 
 
 def test_the_document_has_these_figures():

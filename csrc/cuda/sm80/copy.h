@@ -16,7 +16,7 @@ struct Matrix {
 };
 
 // Rows row0 .. row0 + kRows - 1 into a tile, with zeros beyond the matrix: one cp.async of 16 bytes a chunk.
-// The matrix is aligned (pack.h has seen to that) and its columns are a whole number of chunks.
+// The matrix is aligned (plan.cpp has seen to that) and its columns are a whole number of chunks.
 template <typename Tile, int kThreads, typename T>
 __device__ __forceinline__ void load_tile(uint32_t tile, const Matrix<T>& m, int row0) {
   constexpr int kLanes = Tile::kPeriod;  // neighbouring threads that share a row

@@ -28,7 +28,7 @@ KernelSet kernel_set(int dtype) {
   using Q = QueryGradientShape<T, kDim>;
   set.dq = {query_gradient<T, kDim, V>, Q::kTile.threads(), Q::kSharedBytes, Q::kTile.block_q(),
             Q::kTile.block_k};
-  // No room for four tiles of 32 rows at fp32 and 256: that gradient is refused (launch.cu).
+  // No room for four tiles of 32 rows at fp32 and 256: that gradient is refused (launch.cpp).
   if constexpr (V::kPosition && sizeof(T) * kDim <= 512) {
     using S = ScoreGradientShape<T, kDim>;
     set.score_gradient = {score_gradient<T, kDim, V>, S::kThreads, S::kSharedBytes, S::kSide, S::kSide};

@@ -26,6 +26,8 @@ class Kernel(NamedTuple):
     """Loads and stores of local memory in innermost loops with products."""
     spills: int
     """The same in the whole kernel."""
+    main_loop: int | None
+    """Instructions of the loop over unmasked tiles."""
 
 
 def tool(name: str) -> Path:
@@ -45,7 +47,8 @@ def kernels(library: Path, folder: Path) -> list[Kernel]:
             [tool("nvdisasm"), "-c", cubin], capture_output=True, text=True, check=True
         ).stdout
         for part in re.split(r"(?=^\.text\.)", text, flags=re.M)[1:]:
-            loops = sass.matrix_loops(part, 90 if "sm_90" in cubin.name else 80)
+            arch = 90 if "sm_90" in cubin.name else 80
+            loops, main = sass.matrix_loops(part, arch), sass.main_loop(part, arch)
             found.append(
                 Kernel(
                     in_words(re.match(r"\.text\.(\S+):", part)[1]),
@@ -53,6 +56,7 @@ def kernels(library: Path, folder: Path) -> list[Kernel]:
                     len(loops),
                     sum(loop.spills for loop in loops),
                     len(re.findall(r"\b(?:LDL|STL)\b", part)),
+                    main and main.instructions,
                 )
             )
     return found

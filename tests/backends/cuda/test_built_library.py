@@ -21,7 +21,7 @@ from fastattn.backends.cuda.library import PATH
 from fastattn.errors import FastattnError
 
 LARGEST = 60 << 20
-SPILLS = Path(__file__).with_name("spills.json")
+SPILLS, MAIN_LOOPS = (Path(__file__).with_name(f"{name}.json") for name in ("spills", "main_loops"))
 VARIANTS = {"f32": ("plain", "all")}
 EVERY_VARIANT = ("plain", "dropout", "softcap", "alibi", "relative", "bias", "all")
 HOPPER = list(itertools.product(("f16", "bf16"), (64, 128, 256)))
@@ -82,6 +82,21 @@ def test_no_kernel_spills_but_those_known(kernels):
     for name in known:
         assert not name.startswith("sm90"), name
         assert "f32" in name or not name.endswith("plain"), name
+
+
+TYPES = {"Half": "f16", "BFloat16": "bf16"}
+FEATURES = {"0": "plain", "1": "softcap", "16": "dropout"}
+
+
+def test_main_loops_are_those_of_the_table(kernels):
+    """Which test_statistics.py makes from sources of its own, with flags of its own."""
+    for instance, table in json.loads(MAIN_LOOPS.read_text()).items():
+        hopper = instance.startswith("sm_90a ")
+        type_, dim, *features = instance.removeprefix("sm_90a ").split()
+        rest = [] if hopper else [FEATURES[features[0]]]
+        for name, entry in table.items():
+            kernel = " ".join(["sm90" if hopper else "sm80", name, TYPES[type_], dim, *rest])
+            assert kernels[kernel].main_loop == entry["main_loop"]["instructions"], kernel
 
 
 def test_its_size():

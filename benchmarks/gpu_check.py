@@ -17,19 +17,35 @@ from pathlib import Path
 import torch
 
 import fastattn
+from fastattn.backends.cuda.library import PATH as CUDA_LIBRARY
 from fastattn.bench import gpu
+from fastattn.build_cuda import find_nvcc
+from fastattn.errors import MissingDependencyError
 
 ROOT = Path(__file__).parents[1]
 SUITE = ["tests/backends/test_gpu.py"]
 BENCH = [
     "--shape", "32,12,128,64", "16,12,512,64", "4,16,2048,64", "4,16,2048,128", "1,16,8192,128",
-    "--dtype", "float16", "bfloat16", "--against", "sdpa", "sdpa-flash", "sdpa-cudnn", "flash-attn", "flex",
+    "--dtype", "float16", "bfloat16",
 ]  # fmt: skip
+PEERS = ["sdpa", "sdpa-flash", "sdpa-cudnn", "flash-attn", "flex"]
 
 
 def why_not() -> str | None:
     """The reason why there is nothing to check here, or None."""
     return None if torch.cuda.is_available() else "torch sees no CUDA or ROCm device"
+
+
+def build_cuda() -> None:
+    """Compile the CUDA library, some minutes, where there is none yet and nvcc is at hand."""
+    if CUDA_LIBRARY.exists():
+        return
+    try:
+        find_nvcc()
+    except MissingDependencyError as error:
+        print(f"gpu-check: without the cuda backend: {error}")
+        return
+    _run([sys.executable, "-m", "fastattn.cli", "build-cuda"])
 
 
 def available() -> dict[str, str]:
@@ -46,18 +62,19 @@ def main(argv: list[str] | None = None) -> int:
         print(f"gpu-check: SKIPPED, nothing was checked: {reason}")
         return 0
     out.mkdir(parents=True, exist_ok=True)
+    build_cuda()
     backends = available()
     lines = ["# GPU check", "", *(f"- {name}: {value}" for name, value in _where().items())]
     lines += [f"- backend {name}: {reason or 'available'}" for name, reason in backends.items()]
     failed, tests = run_suite(out)
     lines += ["", "## Correctness", "", *tests]
-    for name in (name for name, reason in backends.items() if not reason):
-        folder = out / f"bench-{name}"
-        status = _run(
-            [sys.executable, "-m", "fastattn.cli", "bench", "--backend", name, *BENCH, "--out", folder]
-        )
+    names = [name for name, reason in backends.items() if not reason]
+    if names:  # one process for all of them: only times from interleaved rounds are compared
+        command = [sys.executable, "-m", "fastattn.cli", "bench", "--backend", names[0], *BENCH]
+        status = _run([*command, "--against", *names[1:], *PEERS, "--out", out / "bench"])
         failed |= status != 0
-        lines += ["", f"## Benchmark of {name}", "", *(bench_table(folder) if not status else ["It failed."])]
+        tables = ["It failed."] if status else bench_tables(out / "bench", names)
+        lines += ["", "## Benchmark", "", *tables]
     (out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{out / 'report.md'}: {'FAILED' if failed else 'passed'}")
     return int(failed)
@@ -92,23 +109,59 @@ def run_suite(out: Path) -> tuple[bool, list[str]]:
     return status != 0, [f"{head} ({' '.join(SUITE)})", "", *details]
 
 
-def bench_table(folder: Path) -> list[str]:
-    """Markdown: a line a cell, fastattn's milliseconds and TFLOP/s, every peer's time over fastattn's."""
+def bench_tables(folder: Path, names: list[str]) -> list[str]:
+    """Markdown: fastattn's backends beside each other, then the first of them beside its peers."""
     with (folder / "results.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    peers = [name for name in dict.fromkeys(row["contender"] for row in rows) if name != "fastattn"]
     cells: dict[tuple, dict] = {}
     for row in rows:
         key = ("x".join(row[n] for n in ("batch", "heads", "length", "head_dim")), row["mask"], row["dtype"])
-        cells.setdefault((*key, row["direction"]), {})[row["contender"]] = row
+        name = names[0] if row["contender"] == "fastattn" else row["contender"]
+        cells.setdefault((*key, row["direction"]), {})[name] = row
+    compared = _backends_table(cells, names) if len(names) > 1 else []
+    return [*compared, *_peers_table(cells, names[0], [name for name in PEERS if name not in names])]
+
+
+def _backends_table(cells: dict[tuple, dict], names: list[str]) -> list[str]:
+    first, *others = names
+    heads = [*(f"{name} ms" for name in names), *(f"{first} / {other}" for other in others), "auto"]
     table = [
-        "A peer's figure is its time over fastattn's: above 1, fastattn is faster. `-`: see results.csv.",
+        f"Above 1, {first} takes longer. `auto` chooses by a model, which this table can prove wrong.",
         "",
-        f"| problem | mask | dtype | pass | fastattn ms | TFLOP/s | {' | '.join(peers)} |",
+        f"| problem | mask | dtype | pass | {' | '.join(heads)} |",
+        f"|{'---|' * (4 + len(heads))}",
+    ]
+    for key, found in cells.items():
+        ours, *theirs = (float(found[name]["milliseconds"] or "nan") for name in names)
+        figures = [
+            f"{time:.3f}" if time > 0 else found[name]["note"]
+            for name, time in zip(names, (ours, *theirs), strict=True)
+        ]
+        figures += [f"{ours / time:.2f}" if ours / time > 0 else "-" for time in theirs]
+        table.append(f"| {' | '.join((*key, *figures, _auto(found[first])))} |")
+    return [*table, ""]
+
+
+def _auto(row: dict) -> str:
+    """The backend that a call of this cell gets by itself."""
+    shape = [int(row[name]) for name in ("batch", "heads", "length", "head_dim")]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype, grad = getattr(torch, row["dtype"]), row["direction"] != "forward"
+    q = torch.empty(shape, dtype=dtype, device=device, requires_grad=grad)
+    mask = torch.ones(shape[0], shape[2], dtype=torch.bool, device=device)
+    key_mask = mask if row["mask"] == "padded" else None
+    return fastattn.explain(q, q, q, causal=row["mask"] == "causal", key_mask=key_mask).backend or "none"
+
+
+def _peers_table(cells: dict[tuple, dict], name: str, peers: list[str]) -> list[str]:
+    table = [
+        f"A peer's figure is its time over {name}'s: above 1, {name} is faster. `-`: see results.csv.",
+        "",
+        f"| problem | mask | dtype | pass | {name} ms | TFLOP/s | {' | '.join(peers)} |",
         f"|{'---|' * (6 + len(peers))}",
     ]
     for key, found in cells.items():
-        ours = found["fastattn"]
+        ours = found[name]
         if not ours["milliseconds"]:
             table.append(f"| {' | '.join(key)} | {ours['note']} |")
             continue

@@ -232,6 +232,10 @@ typedef struct {
  * PTX that the driver translates for newer ones. */
 FASTATTN_API const char* fastattn_cuda_architectures(void);
 
+/* CUDA's version, 1000 * major + 10 * minor: when this library was compiled, and of the driver (0: there is
+ * none). */
+FASTATTN_API fastattn_status fastattn_cuda_versions(int32_t* toolkit, int32_t* driver);
+
 /* Of device `device`: 10 * major + minor of its compute capability, and its multiprocessors. */
 FASTATTN_API fastattn_status fastattn_cuda_device(int32_t device, int32_t* capability, int32_t* num_sms);
 

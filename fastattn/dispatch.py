@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 
-from .backends import Backend
+from .backends import Backend, preference
 from .errors import BackendUnavailableError, InvalidArgumentError, UnsupportedError
 from .problem import AttentionProblem
 
 # In the order "auto" tries them, each with the device it is for; no other is imported. Triton comes before
-# CUDA C++: no GPU has timed either yet, and the features of the first are proven more widely.
+# CUDA C++ (no GPU has timed either yet, and the features of the first are proven more widely) but for what
+# `preference` makes an exception of.
 _DEVICE_OF = {"triton": "cuda", "cuda": "cuda", "cpu": "cpu"}
 BACKEND_NAMES = ("auto", *_DEVICE_OF, "reference")
 
@@ -56,9 +57,10 @@ def _choose(problem: AttentionProblem, backend: str) -> Backend:
 def survey(problem: AttentionProblem) -> tuple[Backend | None, dict[str, str]]:
     """The first backend that can serve, and why each of the others is not the one."""
     first, refusals = None, {}
-    for name, device_type in _DEVICE_OF.items():
-        if problem.device.type != device_type:
-            refusals[name] = f"for tensors on a {device_type} device, these are on {problem.device}"
+    why_cuda_first = _why_cuda_first(problem)
+    for name in sorted(_DEVICE_OF, key=lambda name: name != "cuda") if why_cuda_first else _DEVICE_OF:
+        if problem.device.type != _DEVICE_OF[name]:
+            refusals[name] = f"for tensors on a {_DEVICE_OF[name]} device, these are on {problem.device}"
             continue
         loaded = load(name)
         reason = loaded if isinstance(loaded, str) else loaded.supports(problem)
@@ -68,24 +70,43 @@ def survey(problem: AttentionProblem) -> tuple[Backend | None, dict[str, str]]:
             first = loaded
         else:
             refusals[name] = f"able to, but {first.name} comes first"
+            if first.name == "cuda":
+                refusals[name] = f"able to, but cuda is {why_cuda_first}"
     return first, refusals
+
+
+def _why_cuda_first(problem: AttentionProblem) -> str | None:
+    if problem.device.type != "cuda" or isinstance(load("cuda"), str):
+        return None
+    return preference.cuda_first(problem, load("cuda").capability(problem.device))
 
 
 def load(name: str) -> Backend | str:
     """The backend, or the reason it is not available here. Imports it when it is first asked for."""
     loaded = _backends.get(name)
     if loaded is None:
-        try:
-            loaded = importlib.import_module(f"fastattn.backends.{name}").backend
-        except ModuleNotFoundError as error:
-            if error.name == f"fastattn.backends.{name}":
-                loaded = "not part of this installation"
-            else:
-                loaded = f"the package {error.name!r} is not installed"
+        loaded = _import(name)
         if not isinstance(loaded, str):
             loaded = loaded.status() or loaded
         _backends[name] = loaded
     return loaded
+
+
+def _import(name: str) -> Backend | str:
+    try:
+        return importlib.import_module(f"fastattn.backends.{name}").backend
+    except ModuleNotFoundError as error:
+        if error.name == f"fastattn.backends.{name}":
+            return "not part of this installation"
+        return f"the package {error.name!r} is not installed"
+
+
+def details(name: str) -> list[str]:
+    """What a backend says of itself and the devices, also where it is not available."""
+    loaded = load(name)
+    if isinstance(loaded, str):
+        loaded = _import(name)
+    return [] if isinstance(loaded, str) else loaded.details()
 
 
 @dataclass(frozen=True)

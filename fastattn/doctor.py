@@ -20,6 +20,7 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
     import torch
 
     import fastattn
+    from fastattn import dispatch
 
     print(f"fastattn {fastattn.__version__}")
     print(f"Python {platform.python_version()}, {platform.system()} {platform.machine()}")
@@ -33,4 +34,6 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
     print("Backends")
     for status in fastattn.backends():
         print(f"  {status}")
+        for line in dispatch.details(status.name) if status.name != "reference" else ():
+            print(f"    {line}")
     return 0

@@ -28,7 +28,6 @@ class Workspace {
     return data_ == nullptr || used_ > bytes_ ? nullptr : data_ + at;
   }
   int64_t used() const { return used_; }
-  bool counting() const { return data_ == nullptr; }
 
  private:
   char* data_ = nullptr;

@@ -149,6 +149,13 @@ extern "C" int32_t fastattn_abi_version(void) { return FASTATTN_ABI_VERSION; }
 
 extern "C" const char* fastattn_cuda_architectures(void) { return FASTATTN_CUDA_ARCHITECTURES; }
 
+extern "C" fastattn_status fastattn_cuda_versions(int32_t* toolkit, int32_t* driver) {
+  if (toolkit == nullptr || driver == nullptr)
+    return fail(FASTATTN_INVALID_ARGUMENT, "toolkit or driver is a null pointer.");
+  *toolkit = CUDART_VERSION;
+  return check_cuda(cudaDriverGetVersion(driver), "asking for the driver's version");
+}
+
 extern "C" fastattn_status fastattn_cuda_device(int32_t device, int32_t* capability, int32_t* num_sms) {
   if (capability == nullptr || num_sms == nullptr)
     return fail(FASTATTN_INVALID_ARGUMENT, "capability or num_sms is a null pointer.");

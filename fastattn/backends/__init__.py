@@ -3,7 +3,7 @@
 A backend computes; it neither validates nor allocates outputs nor knows of autograd. By the time it is
 called, `problem.py` has checked every shape, dtype and device, and `ops.py` has made the last dimension of q,
 k, v, out and dout contiguous, converted relative_bias and alibi_slopes to contiguous fp32 and allocated what
-is to be written. So a backend is four methods over tensors, and what it wraps can be a C library or a Triton
+is to be written. So a backend is a few methods over tensors, and what it wraps can be a C library or a Triton
 kernel alike.
 """
 
@@ -46,6 +46,13 @@ class Backend(Protocol):
 
         Cheap after the first call, starts no thread, initialises no device before it is asked for the first
         time.
+        """
+        ...
+
+    def details(self) -> list[str]:
+        """Lines for `fastattn doctor`: what this installation has, and which device it serves.
+
+        Asked also where status() has a reason; empty where there is nothing to say.
         """
         ...
 

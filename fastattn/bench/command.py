@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--forward-only", action="store_true", help="leave the backward pass out")
     parser.add_argument(
         "--against", nargs="*", default=["sdpa", "eager", "flex"], metavar="PEER",
-        help="also sdpa-flash, sdpa-cudnn and flash-attn (sdpa eager flex)",
+        help="also sdpa-flash, sdpa-cudnn, flash-attn, and other backends by name (sdpa eager flex)",
     )  # fmt: skip
     parser.add_argument(
         "--seconds", type=float, default=1.5, metavar="S", help="about how long each cell takes (1.5)"

@@ -30,6 +30,17 @@ def _fastattn(inputs: Inputs, backend: str) -> Callable[[], torch.Tensor]:
     )
 
 
+def _fastattn_by(backend: str, inputs: Inputs) -> Callable[[], torch.Tensor]:
+    """fastattn again, by another of its backends."""
+    q, k, v = (x.detach().requires_grad_(inputs.with_backward) for x in (inputs.q, inputs.k, inputs.v))
+    told = fastattn.explain(
+        q, k, v, causal=inputs.cell.mask == "causal", key_mask=inputs.key_mask, backend=backend
+    )
+    if told.backend is None:
+        raise Refusal(told.refused[backend])
+    return _fastattn(inputs, backend)
+
+
 def _sdpa(inputs: Inputs) -> Callable[[], torch.Tensor]:
     mask = None if inputs.key_mask is None else inputs.key_mask[:, None, None, :]
     causal = inputs.cell.mask == "causal"
@@ -102,7 +113,8 @@ def _causal(b, h, i, j):
     return i >= j
 
 
-CONTENDERS = ("fastattn", "sdpa", "eager", "flex", "sdpa-flash", "sdpa-cudnn", "flash-attn")
+_BACKENDS = ("triton", "cuda", "cpu", "reference")
+CONTENDERS = ("fastattn", "sdpa", "eager", "flex", "sdpa-flash", "sdpa-cudnn", "flash-attn", *_BACKENDS)
 
 
 def make(name: str, inputs: Inputs, backend: str) -> Callable[[], None]:
@@ -117,7 +129,7 @@ def make(name: str, inputs: Inputs, backend: str) -> Callable[[], None]:
         "sdpa-flash": functools.partial(gpu.sdpa_by, SDPBackend.FLASH_ATTENTION),
         "sdpa-cudnn": functools.partial(gpu.sdpa_by, SDPBackend.CUDNN_ATTENTION),
         "flash-attn": gpu.flash_attn,
-    }
+    } | {name: functools.partial(_fastattn_by, name) for name in _BACKENDS}
     forward = build[name](inputs)
     if not inputs.with_backward:
 

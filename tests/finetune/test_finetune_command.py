@@ -140,16 +140,6 @@ def test_test_texts_are_a_sample(arguments, tmp_path):
     assert json.loads((tmp_path / "o" / "report.json").read_text())["test"]["texts"] == 5
 
 
-def test_doctor_names_every_backend(capsys):
-    import fastattn
-
-    assert main(["doctor"]) == 0
-    printed = capsys.readouterr().out
-    for backend in fastattn.backends():
-        assert f"{backend.name}: " in printed
-    assert fastattn.__version__ in printed
-
-
 def test_help_of_one_command_imports_no_other():
     code = (
         "import sys\nfrom fastattn.cli import main\n"

@@ -47,6 +47,11 @@ class CpuBackend:
         self._parallel_for = 0
         self._executors.clear()
 
+    def details(self) -> list[str]:
+        if self.status() is not None:
+            return []
+        return [f"instruction set: {self.isa()}, of {', '.join(self.isas())}"]
+
     def supports(self, problem: AttentionProblem) -> str | None:
         if problem.device.type != "cpu":
             return f"for tensors on the CPU, these are on {problem.device}"

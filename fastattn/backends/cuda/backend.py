@@ -18,12 +18,12 @@ from ...problem import AttentionInputs, AttentionProblem
 from .. import Gradients
 from ..cpu import abi
 from ..cpu.library import LibraryMissingError
+from .architectures import Built, version
 from .library import open_library
 
 _CACHE_SIZE = 4096
 # struct_size, num_splits, stream, workspace, workspace_bytes, dropout_seed
 _LAUNCH = struct.Struct("@IiQQqQ")
-_LEAST_CAPABILITY = 80
 _WIDEST_FP32_BIAS_GRADIENT = 128  # head_dim above which its tiles do not fit shared memory
 
 
@@ -56,6 +56,7 @@ class CudaBackend:
         self._asked = False
         self._fixed_parts: dict[AttentionProblem, bytes] = {}
         self._num_sms: dict[int, int] = {}
+        self._refused: dict[int, str | None] = {}
 
     def status(self) -> str | None:
         if not self._asked:
@@ -76,19 +77,52 @@ class CudaBackend:
             except FastattnError as error:
                 return str(error)
             return "torch finds no CUDA device"
-        capability = self._device(0)[0]
-        if capability < _LEAST_CAPABILITY:
-            return f"needs compute capability 8.0 or newer, this device has {capability / 10}"
-        return None
+        reasons = [self._why_not(index) for index in range(torch.cuda.device_count())]
+        return reasons[0] if all(reasons) else None
 
-    def architectures(self) -> str:
-        """What the library was compiled for, such as "80,90a-real": sm_80 and newer by PTX, and Hopper."""
-        return self._library.fastattn_cuda_architectures().decode()
+    def details(self) -> list[str]:
+        """What the library was compiled for, the driver, and whether that serves each device.
+
+        Nothing where there is no library.
+        """
+        self.status()
+        if self._library is None:
+            return []
+        toolkit, driver = self._versions()
+        lines = [f"built by CUDA {version(toolkit)}: {self._built()}"]
+        lines.append(f"driver: of CUDA {version(driver)}" if driver else "driver: none")
+        count = torch.cuda.device_count() if driver and torch.cuda.is_available() else 0
+        for index in range(count):
+            reason = self._why_not(index)
+            if reason is None:
+                serves = self._built().has_machine_code(self._device(index)[0])
+                reason = "runs its machine code" if serves else "runs its PTX, translated on first use"
+            lines.append(f"cuda:{index} {torch.cuda.get_device_name(index)}: {reason}")
+        return lines
+
+    def _built(self) -> Built:
+        return Built.parse(self._library.fastattn_cuda_architectures().decode())
+
+    def _versions(self) -> tuple[int, int]:
+        """CUDA's version when the library was compiled, and the driver's; 0 without a driver."""
+        toolkit, driver = ctypes.c_int32(), ctypes.c_int32()
+        self._check(self._library.fastattn_cuda_versions(toolkit, driver))
+        return toolkit.value, driver.value
+
+    def _why_not(self, index: int) -> str | None:
+        """Why this device can't run the library, or None."""
+        if index not in self._refused:
+            try:
+                reason = self._built().why_not(self._device(index)[0], *self._versions())
+            except FastattnError as error:
+                reason = str(error)
+            self._refused[index] = reason
+        return self._refused[index]
 
     def supports(self, problem: AttentionProblem) -> str | None:
         if problem.device.type != "cuda":
             return f"for tensors on a CUDA device, these are on {problem.device}"
-        return self._refuses(problem)
+        return self._why_not(problem.device.index or 0) or self._refuses(problem)
 
     def _refuses(self, problem: AttentionProblem) -> str | None:
         if problem.dtype not in abi.DTYPES:
@@ -106,7 +140,7 @@ class CudaBackend:
         inputs = _stand_ins(problem)
         problem_struct = abi.problem_struct(abi.fixed_part(problem), problem, inputs)
         splits = self._library.fastattn_cuda_num_splits(problem_struct, self._sms(problem))
-        capability = self._device(problem.device.index or 0)[0]
+        capability = self.capability(problem.device)
         forward = self._library.fastattn_cuda_forward_kernel(problem_struct, capability, splits)
         backward = self._library.fastattn_cuda_backward_kernels(problem_struct, capability)
         if forward is None or backward is None:
@@ -178,6 +212,10 @@ class CudaBackend:
         capability, sms = ctypes.c_int32(), ctypes.c_int32()
         self._check(self._library.fastattn_cuda_device(index, capability, sms))
         return capability.value, sms.value
+
+    def capability(self, device: torch.device) -> int:
+        """10 * major + minor of its compute capability."""
+        return self._device(device.index or 0)[0]
 
     def _sms(self, problem: AttentionProblem) -> int:
         index = problem.device.index or 0

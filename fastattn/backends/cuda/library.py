@@ -25,10 +25,13 @@ def open_library(path: Path = PATH) -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
         version = library.fastattn_abi_version()
         forward, backward = library.fastattn_cuda_forward, library.fastattn_cuda_backward
+        versions = library.fastattn_cuda_versions
         library.fastattn_cuda_forward_kernel.restype = ctypes.c_char_p
         library.fastattn_cuda_backward_kernels.restype = ctypes.c_char_p
     except (OSError, AttributeError) as error:
-        raise LibraryMissingError(f"{path.name} does not load: {error}") from None
+        raise LibraryMissingError(
+            f"{path.name} does not load: {error}; to build it anew: fastattn build-cuda"
+        ) from None
     if version != abi.ABI_VERSION:
         raise LibraryMissingError(
             f"{path.name} speaks ABI version {version}, this fastattn {abi.ABI_VERSION}: fastattn build-cuda"
@@ -38,6 +41,7 @@ def open_library(path: Path = PATH) -> ctypes.CDLL:
     size = ctypes.POINTER(ctypes.c_int64)
     number = ctypes.POINTER(ctypes.c_int32)
     library.fastattn_cuda_device.argtypes = [ctypes.c_int32, number, number]
+    versions.argtypes = [number, number]
     library.fastattn_cuda_num_splits.argtypes = [ctypes.c_char_p, ctypes.c_int32]
     library.fastattn_cuda_forward_kernel.argtypes = [ctypes.c_char_p, ctypes.c_int32, ctypes.c_int32]
     library.fastattn_cuda_backward_kernels.argtypes = [ctypes.c_char_p, ctypes.c_int32]

@@ -47,6 +47,9 @@ class TritonBackend:
             self._asked = True
         return self._status
 
+    def details(self) -> list[str]:
+        return []  # kernels are compiled for whatever device there is
+
     def supports(self, problem: AttentionProblem) -> str | None:
         wanted = "cpu" if interpreting() else "cuda"
         if problem.device.type != wanted:

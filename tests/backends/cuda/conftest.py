@@ -31,9 +31,8 @@ def simulate(library, monkeypatch):
         key = dims, types, variants
         if key not in devices:
             devices[key] = simulated.SimulatedCuda(library(*key))
-        devices[key].set_capability(
-            capability
-        )  # tests in one process share the library and what it remembers
+        # Tests in one process share the library and what it remembers.
+        devices[key].set_capability(capability)
         monkeypatch.setitem(dispatch._backends, "cpu", devices[key])
         monkeypatch.setattr(dispatch, "_chosen", {})
         return devices[key]

@@ -25,6 +25,10 @@ struct {
 } configuration;
 std::map<const void*, int> shared_limit;
 int capability = 80;
+cudaStream_t launch_stream = nullptr;
+std::string refused;  // the function that fails next, and until another is named
+
+cudaError_t answer(const char* function) { return refused == function ? cudaErrorInvalidValue : cudaSuccess; }
 
 // cuTensorMapEncodeTiled, with the refusals of its documentation. The 128 bytes are laid out as
 // tests/ptxsim/tensormap.py reads them, which is not the hardware's way.
@@ -40,7 +44,7 @@ CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t ran
            element_strides[i] == 1;
     if (i > 0) good = good && strides[i - 1] % 16 == 0 && strides[i - 1] > 0 && strides[i - 1] < (1ull << 40);
   }
-  if (!good) return CUDA_ERROR_INVALID_VALUE;
+  if (!good || refused == "cuTensorMapEncodeTiled") return CUDA_ERROR_INVALID_VALUE;
   struct {
     uint64_t address;
     uint32_t rank, type, interleave, swizzle, fill, atomicity, sizes[5], padding;
@@ -62,6 +66,8 @@ CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t ran
 
 EXPORT void fake_cudart_on_launch(Launch callback) { launch_callback = callback; }
 EXPORT void fake_cudart_set_capability(int value) { capability = value; }
+EXPORT void* fake_cudart_launch_stream(void) { return launch_stream; }
+EXPORT void fake_cudart_refuse(const char* function) { refused = function; }
 
 extern "C" {
 void** __cudaRegisterFatBinary(void*) { return new void*; }
@@ -88,16 +94,18 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* host) {
 
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
   if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) shared_limit[function] = value;
-  return value <= (capability == 90 ? 227 : 99) * 1024 ? cudaSuccess : cudaErrorInvalidValue;
+  return value <= (capability == 90 ? 227 : 99) * 1024 ? answer("cudaFuncSetAttribute")
+                                                       : cudaErrorInvalidValue;
 }
 cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments,
-                             size_t shared_bytes, cudaStream_t) {
+                             size_t shared_bytes, cudaStream_t stream) {
   const auto kernel = kernels().find(function);
   const int limit = shared_limit.count(function) ? shared_limit[function] : 48 * 1024;
   if (kernel == kernels().end() || launch_callback == nullptr) return last = cudaErrorInvalidDeviceFunction;
   if (grid.x == 0 || grid.y != 1 || grid.z != 1 || block.y != 1 || block.z != 1 ||
       shared_bytes > size_t(limit))
     return last = cudaErrorInvalidConfiguration;
+  launch_stream = stream;
   const int failed =
       launch_callback(kernel->second.c_str(), grid.x, block.x, unsigned(shared_bytes), arguments);
   return last = failed ? cudaErrorLaunchFailure : cudaSuccess;
@@ -120,17 +128,21 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrComputeCapabilityMajor   ? capability / 10
            : attribute == cudaDevAttrComputeCapabilityMinor ? capability % 10
                                                             : 108;
+  return answer("cudaDeviceGetAttribute");
+}
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = CUDART_VERSION;
   return cudaSuccess;
 }
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;
-  return cudaSuccess;
+  return answer("cudaGetDevice");
 }
 cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned,
                                              unsigned long long, cudaDriverEntryPointQueryResult* found) {
-  const bool known = strcmp(symbol, "cuTensorMapEncodeTiled") == 0;
+  const bool known = strcmp(symbol, "cuTensorMapEncodeTiled") == 0 && refused != "an old driver";
   *function = known ? reinterpret_cast<void*>(encode_tiled) : nullptr;
   if (found != nullptr) *found = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
-  return cudaSuccess;
+  return answer("cudaGetDriverEntryPointByVersion");
 }
 }

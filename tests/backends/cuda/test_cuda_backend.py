@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import pytest
+import simulated
 import torch
 
 from fastattn import build_cuda
@@ -94,3 +96,29 @@ def test_build_commands_are_the_arguments():
     assert "-DFASTATTN_CUDA_DIMS=64" in configure
     assert "-DFASTATTN_CUDA_TYPES=bf16" in configure
     assert build[-2:] == ["--parallel", "3"]
+
+
+def test_a_build_that_fails_says_so(monkeypatch, tmp_path, capfd):
+    monkeypatch.setattr(build_cuda, "_NATIVE", tmp_path)
+    compiler = tmp_path / "nvcc"
+    compiler.touch()
+    failing = [sys.executable, "-c", "raise SystemExit(3)"]
+    monkeypatch.setattr(build_cuda, "commands", lambda *_: [failing])
+    with pytest.raises(FastattnError, match="failed; its messages stand above"):
+        build_cuda.run(parsed("--nvcc", str(compiler)), [])
+    assert "SystemExit(3)" in capfd.readouterr().out, "the command is shown"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_build_of_one_head_dimension(monkeypatch, tmp_path):
+    """The command from end to end, in a folder of its own."""
+    reason = simulated.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    monkeypatch.setattr(build_cuda, "_NATIVE", tmp_path)
+    assert build_cuda.run(parsed("--dims", "64", "--types", "f16", "--architectures", "80", "86"), []) == 0
+    (path,) = tmp_path.iterdir()
+    assert path.name == PATH.name
+    library = open_library(path)
+    assert library.fastattn_cuda_architectures() == b"80-real,86,90a-real"

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import machine_code
 import pytest
 
 ROOT = Path(__file__).parents[3]
@@ -27,17 +28,54 @@ extern const Kernel kernels[] = {{forward_kernel<{type}, {dim}>(), {backward}}};
 }}
 """
 HOPPER_BACKWARD = "key_gradient_kernel<{type}, {dim}, true, true>(), query_gradient_kernel<{type}, {dim}>()"
-# What a warp multiplies in a step: (matmuls, rows, columns, head_dim) of the tiles in tile_sizes.h.
+# What a warp multiplies in a step: (matmuls, rows, columns, head_dim) of the tiles in tile_sizes.h, and the
+# most issue slots per tensor cycle: for plain forward at 64 and 128 what FlashAttention-2's binaries need.
 CASES = {
+    "Half 32 0": {
+        "forward": (2, 32, 64, 32, 0.87),
+        "key_gradient": (4, 16, 64, 32, 0.79),
+        "query_gradient": (3, 16, 64, 32, 0.69),
+    },
     "Half 64 0": {
-        "forward": (2, 32, 64, 64),
-        "key_gradient": (4, 16, 64, 64),
-        "query_gradient": (3, 16, 64, 64),
+        "forward": (2, 32, 64, 64, 0.55),
+        "key_gradient": (4, 16, 64, 64, 0.51),
+        "query_gradient": (3, 16, 64, 64, 0.46),
+    },
+    "Half 96 0": {
+        "forward": (2, 16, 64, 96, 0.47),
+        "key_gradient": (4, 16, 32, 96, 0.52),
+        "query_gradient": (3, 16, 32, 96, 0.44),
     },
     "Half 128 0": {
-        "forward": (2, 16, 64, 128),
-        "key_gradient": (4, 16, 32, 128),
-        "query_gradient": (3, 16, 32, 128),
+        "forward": (2, 16, 64, 128, 0.43),
+        "key_gradient": (4, 16, 32, 128, 0.44),
+        "query_gradient": (3, 16, 32, 128, 0.36),
+    },
+    "Half 256 0": {
+        "forward": (2, 16, 32, 256, 0.38),
+        "key_gradient_dk": (3, 16, 16, 256, 0.49),
+        "key_gradient_dv": (2, 16, 16, 256, 0.55),
+        "query_gradient": (3, 16, 16, 256, 0.37),
+    },
+    "Half 64 16": {
+        "forward": (2, 16, 64, 64, 1.41),
+        "key_gradient": (4, 16, 64, 64, 0.86),
+        "query_gradient": (3, 16, 64, 64, 1.04),
+    },
+    "Half 128 16": {
+        "forward": (2, 16, 64, 128, 0.82),
+        "key_gradient": (4, 16, 32, 128, 0.67),
+        "query_gradient": (3, 16, 32, 128, 0.88),
+    },
+    "Half 64 1": {
+        "forward": (2, 16, 64, 64, 1.06),
+        "key_gradient": (4, 16, 64, 64, 0.78),
+        "query_gradient": (3, 16, 64, 64, 0.8),
+    },
+    "Half 128 1": {
+        "forward": (2, 16, 64, 128, 0.64),
+        "key_gradient": (4, 16, 32, 128, 0.57),
+        "query_gradient": (3, 16, 32, 128, 0.53),
     },
 }
 # What a warpgroup multiplies in a step, (columns, summed) of each product; the most issue slots per tensor
@@ -86,6 +124,7 @@ def statistics(folder: Path, instance: str) -> dict[str, dict]:
     for part in re.split(r"(?=^\.text\.)", sass.disassemble(cubin), flags=re.M)[1:]:
         kernel = found[kernel_name(part)]
         kernel["main_loop"] = sass.main_loop(part, arch).as_dict()
+        assert len(main_loop_text(part)) == kernel["main_loop"]["instructions"], "two different loops"
         if kernel_name(part) == "forward":
             kernel["jumped_over"] = jumped_over(part)
         if arch == 90:
@@ -158,7 +197,13 @@ def producer_registers(text: str) -> int:
 
 
 def kernel_name(text: str) -> str:
-    return re.search(r"fastattn(?:4sm90)?\d+(forward|key_gradient|query_gradient|score_gradient)", text)[1]
+    """Of the first kernel named in the text: forward, key_gradient, ..."""
+    return machine_code.in_words(re.search(r"_ZN8fastattn\w+", text)[0]).split()[1]
+
+
+def hold_to_the_table(instance: str, found: dict) -> None:
+    expected = json.loads(TABLE.read_text())[instance]
+    assert json.loads(json.dumps(found)) == expected, "changed; if that is meant, write main_loops.json anew"
 
 
 @pytest.mark.parametrize("instance", [pytest.param(name, marks=pytest.mark.slow) for name in CASES])
@@ -167,19 +212,16 @@ def test_machine_code(tmp_path, instance):
         pytest.skip("nvcc is not on PATH")
     pytest.importorskip("triton", reason="Triton's wheel has the disassembler")
     found = statistics(tmp_path, instance)
-    expected = json.loads(TABLE.read_text())[instance]
-    for kernel, (matmuls, rows, columns, dim) in CASES[instance].items():
+    hold_to_the_table(instance, found)
+    for kernel, (matmuls, rows, columns, dim, most) in CASES[instance].items():
         loop = found[kernel]["main_loop"]
         assert loop["matrix_instructions"] == matmuls * (rows // 16) * (columns // 8) * (dim // 16)
         assert all(kind.startswith("HMMA.16816.F32") for kind in loop["matrix_kinds"])
-        assert found[kernel]["spilled_bytes"] == 0, kernel
         assert loop["spills"] == 0
-        if kernel == "forward":  # the issue slots that FlashAttention-2's binaries need, by the same count
-            slots = loop["instructions"] - found[kernel]["jumped_over"]
-            assert slots / loop["tensor_cycles"] <= {64: 0.55, 128: 0.43}[dim]
-        assert loop["instructions"] == expected[kernel]["main_loop"]["instructions"], (
-            f"{kernel}: the loop changed; if that is meant, write main_loops.json anew"
-        )
+        if not instance.endswith(" 1"):  # dk and dv with softcap spill, outside of their loops
+            assert found[kernel]["spilled_bytes"] == 0, kernel
+        slots = loop["instructions"] - found[kernel].get("jumped_over", 0)
+        assert slots / loop["tensor_cycles"] <= most, kernel
 
 
 @pytest.mark.parametrize("instance", [pytest.param(name, marks=pytest.mark.slow) for name in HOPPER_CASES])
@@ -188,7 +230,7 @@ def test_hopper_machine_code(tmp_path, instance):
         pytest.skip("nvcc is not on PATH")
     pytest.importorskip("triton", reason="Triton's wheel has the disassembler")
     found = statistics(tmp_path, instance)
-    expected = json.loads(TABLE.read_text())[instance]
+    hold_to_the_table(instance, found)
     for name, (products, most) in HOPPER_CASES[instance].items():
         kernel, loop = found[name], found[name]["main_loop"]
         assert loop["matrix_instructions"] == sum(summed // 16 for _, summed in products)
@@ -200,9 +242,6 @@ def test_hopper_machine_code(tmp_path, instance):
         assert kernel["exponentials_late"] <= 2, f"{name}: exponentials are to be computed while products run"
         slots = loop["instructions"] - kernel.get("jumped_over", 0)
         assert slots / loop["tensor_cycles"] <= most, name
-        assert loop["instructions"] == expected[name]["main_loop"]["instructions"], (
-            f"{name}: the loop changed; if that is meant, write main_loops.json anew"
-        )
 
 
 if __name__ == "__main__":

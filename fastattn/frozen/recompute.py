@@ -59,6 +59,7 @@ class Recompute:
     mode: str  # "auto" or "all"
     sites: list[Site] = field(default_factory=list)
     planned: bool = False
+    trained: tuple[bool, ...] = ()  # which parameters were, when it was planned
     observed: bool = False  # sites note every pass, for whoever explains it
     handles: list[RemovableHandle] = field(default_factory=list)
     site_handles: list[RemovableHandle] = field(default_factory=list)
@@ -78,9 +79,14 @@ class Recompute:
         self.sites = []
 
     def refresh(self, model: nn.Module) -> None:
-        """Adapters may have been put in or taken out since."""
+        """Adapters may have been put in or taken out since, weights frozen or set free."""
         if any(site.parent._modules.get(site.name) is not site.module for site in self.sites):
             self._find_sites(model)
+        trained = tuple(parameter.requires_grad for parameter in model.parameters())
+        if trained != self.trained:
+            self.trained, self.planned = trained, False
+            for site in self.sites:
+                site.chosen = True
 
     @property
     def notes(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -36,9 +37,11 @@ FEATURES: dict[str, Callable[..., Tensor]] = {
 class FeatureCache:
     """`cache(input_ids=..., attention_mask=...)` is what `backbone` returns for a batch, computed only once.
 
-    A sample's key is a hash of its tokens (without padding behind the last one), of every frozen weight and
-    buffer of the backbone and of their dtypes; so other weights never find these features. Weights that train
-    are not part of it, and features that depend on one are refused. Every sample that is not found is
+    A sample's key is a hash of its tokens (without padding behind the last one; padding before them moves
+    their positions, so it counts), of every frozen weight and buffer of the backbone and of their dtypes, of
+    its modules and their configs, and of autocast's dtype; so no other model finds these features. Weights
+    that train are not part of it, and features that depend on one are refused. What a module of your own
+    keeps neither there nor in its repr needs a directory of its own. Every sample that is not found is
     computed, those of one call as one batch; features agree with those of any other batch up to rounding.
 
     Args:
@@ -50,9 +53,8 @@ class FeatureCache:
             several processes may share it. None keeps them in memory.
 
     Raises:
-        InvalidArgumentError: the backbone is in training mode, or trains; features is none of these; or an
-            input is not (B, N).
-        MissingDependencyError: a directory was named, and safetensors is not installed.
+        InvalidArgumentError: features is none of these.
+        MissingDependencyError: the directory has features, and safetensors is not installed.
     """
 
     def __init__(
@@ -81,7 +83,14 @@ class FeatureCache:
     def __call__(
         self, *, input_ids: Tensor, attention_mask: Tensor | None = None, **others: Tensor
     ) -> Tensor:
-        """(B, C) features; every argument is (B, N), and goes to the backbone under its name."""
+        """(B, C) features; every argument is (B, N), and goes to the backbone under its name.
+
+        Raises:
+            InvalidArgumentError: an input is not (B, N); the backbone is in training mode, features found or
+                not; or a weight that trains shapes the features.
+            MissingDependencyError: a directory was named, and safetensors is not installed.
+        """
+        self._check_mode()
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         inputs = {"input_ids": input_ids, "attention_mask": mask, **others}
         for name, value in inputs.items():
@@ -99,13 +108,15 @@ class FeatureCache:
             self._compute([keys[row] for row in missing], {n: x[missing] for n, x in inputs.items()})
         return torch.stack([self._found[key] for key in keys]).to(input_ids.device)
 
-    def _compute(self, keys: list[str], inputs: dict[str, Tensor]) -> None:
-        training = next((name for name, m in self.backbone.named_modules() if m.training), None)
-        if training is not None:
-            where = f"in training mode ({training})" if training else "in training mode"
+    def _check_mode(self) -> None:
+        if any(module.training for module in self.backbone.modules()):
+            name = next(name for name, module in self.backbone.named_modules() if module.training)
+            where = f"in training mode ({name})" if name else "in training mode"
             raise InvalidArgumentError(
                 "backbone", where, "backbone.eval(): its dropout is drawn at every step"
             )
+
+    def _compute(self, keys: list[str], inputs: dict[str, Tensor]) -> None:
         # With gradients on, as that shows whether a trained weight was part of it; if not, nothing is saved.
         with torch.enable_grad():
             computed = FEATURES[self.features](self.backbone(**inputs), inputs["attention_mask"] != 0)
@@ -122,13 +133,13 @@ class FeatureCache:
 
     def _keys(self, inputs: dict[str, Tensor]) -> list[str]:
         """One for each row."""
-        weights = self._hash_of_weights()
+        model = f"{self._hash_of_weights()} {_arithmetic(inputs['input_ids'].device)}"
         mask = inputs["attention_mask"] != 0
         ends = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1).tolist()
         contents = [(name, x.cpu()) for name, x in sorted(inputs.items())]
         keys = []
         for row, end in enumerate(ends):
-            digest = hashlib.blake2b(weights.encode(), digest_size=20)
+            digest = hashlib.blake2b(model.encode(), digest_size=20)
             for name, x in contents:
                 digest.update(f"{name} {x.dtype} {end} ".encode())
                 digest.update(_bytes(x[row, :end]))
@@ -136,19 +147,40 @@ class FeatureCache:
         return keys
 
     def _hash_of_weights(self) -> str:
-        """Read again only when a tensor was replaced or modified in place."""
+        """Read again only when a tensor was replaced or modified in place, or the model was."""
         frozen = [(name, p) for name, p in self.backbone.named_parameters() if not p.requires_grad]
         tensors = [*frozen, *self.backbone.named_buffers()]
-        versions = tuple((name, x.data_ptr(), x._version, x.dtype) for name, x in tensors)
+        versions = (
+            repr(self.backbone),
+            _configs(self.backbone),
+            *((name, x.data_ptr(), x._version, x.dtype) for name, x in tensors),
+        )
         if versions != self._versions:
             digest = hashlib.blake2b(digest_size=20)
             kind = type(self.backbone)
             digest.update(f"{kind.__module__}.{kind.__qualname__} {self.features}".encode())
+            digest.update(f"{versions[:2]}".encode())
             for name, x in tensors:
                 digest.update(f"{name} {x.dtype} {tuple(x.shape)} ".encode())
                 digest.update(_bytes(x))
             self._weights, self._versions = digest.hexdigest(), versions
         return self._weights
+
+
+def _configs(model: nn.Module) -> tuple[str, ...]:
+    """What transformers models are told beside their weights: heads, windows, activations."""
+    configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "to_dict")}
+    # Where a model came from, and by which version it was saved, changes nothing.
+    origin = ("_name_or_path", "transformers_version")
+    settings = [{k: v for k, v in config.to_dict().items() if k not in origin} for config in configs.values()]
+    return tuple(json.dumps(each, sort_keys=True, default=str) for each in settings)
+
+
+def _arithmetic(device: torch.device) -> str:
+    """What autocast makes of the weights' dtypes."""
+    if not torch.is_autocast_enabled(device.type):
+        return ""
+    return f"autocast {torch.get_autocast_dtype(device.type)}"
 
 
 def _bytes(x: Tensor) -> memoryview:

@@ -33,19 +33,23 @@ class Site:
     module: nn.Module
     kind: Kind
     chosen: bool = True
-    # Of the last pass that was recorded:
+    # Of the last pass that was recorded, all calls of the module together:
     needed: bool = False  # backward needs the output
     flops: int = 0
     step_flops: int = 0  # forward and backward together
     bytes: int = 0
 
+    def begin(self) -> None:
+        self.needed, self.flops, self.step_flops, self.bytes = False, 0, 0, 0
+
     def note(self, x: Tensor, output: Tensor) -> None:
-        """What this call of the module costs. Whether it will be needed shows later."""
+        """Add what this call of the module costs. Whether it will be needed shows later."""
         rows = x.numel() // max(1, x.shape[-1])
         matrices = [p for p in self.module.parameters() if p.dim() == 2] if self.kind is Kind.LINEAR else []
-        self.bytes = output.numel() * output.element_size()
-        self.flops = sum(2 * rows * p.numel() for p in matrices)
-        self.step_flops = self.flops * (1 + x.requires_grad)
+        self.bytes += output.numel() * output.element_size()
+        flops = sum(2 * rows * p.numel() for p in matrices)
+        self.flops += flops
+        self.step_flops += flops * (1 + x.requires_grad)
         self.step_flops += sum(2 * rows * p.numel() for p in matrices if p.requires_grad)
 
     def need(self) -> None:
@@ -59,6 +63,7 @@ class Recompute:
     mode: str  # "auto" or "all"
     sites: list[Site] = field(default_factory=list)
     planned: bool = False
+    trained: tuple[bool, ...] = ()  # which parameters were, when it was planned
     observed: bool = False  # sites note every pass, for whoever explains it
     handles: list[RemovableHandle] = field(default_factory=list)
     site_handles: list[RemovableHandle] = field(default_factory=list)
@@ -78,9 +83,14 @@ class Recompute:
         self.sites = []
 
     def refresh(self, model: nn.Module) -> None:
-        """Adapters may have been put in or taken out since."""
+        """Adapters may have been put in or taken out since, weights frozen or set free."""
         if any(site.parent._modules.get(site.name) is not site.module for site in self.sites):
             self._find_sites(model)
+        trained = tuple(parameter.requires_grad for parameter in model.parameters())
+        if trained != self.trained:
+            self.trained, self.planned = trained, False
+            for site in self.sites:
+                site.chosen = True
 
     @property
     def notes(self) -> bool:
@@ -153,7 +163,7 @@ class OpenRecorder:
             return
         self.recompute.refresh(model)
         for site in self.recompute.sites if self.recompute.notes else ():
-            site.needed = False
+            site.begin()
         Recorder(self.recompute).open()
 
 

@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..errors import InvalidArgumentError, UnsupportedModelError
+from ..errors import UnsupportedModelError
 from ..frozen import Recompute
+from .short_batches import Batch
 
 HEAD = "outside of the layers"
-# Samples and tokens each of three short batches: what is saved grows linearly with either.
-_PROBES = ((2, 6), (4, 6), (2, 18))
 
 
 @dataclass(frozen=True)
@@ -24,13 +23,21 @@ class LayerExplanation:
 
     name: str
     predicted_bytes: int
-    """What the batch would save, from two short ones."""
+    """What the batch would save, from short ones."""
     saved_bytes: int
     """What it did save. A storage that several layers save counts for the first."""
     saved: tuple[str, ...]
     """Its tensors, by shape and dtype."""
+    predicted_flops: int
+    """As recompute_flops, from the short batches."""
     recomputed: tuple[tuple[str, int, int], ...]
-    """Linear layers, norms and activations that backward runs again: name, bytes not saved, FLOPs."""
+    """Linear layers, norms and activations that backward runs again: name, bytes not saved, FLOPs; of all
+    calls together where layers share weights."""
+
+    @property
+    def recompute_flops(self) -> int:
+        """Matrix products in backward that saving would have spared."""
+        return sum(flops for _, _, flops in self.recomputed)
 
 
 @dataclass(frozen=True)
@@ -38,21 +45,40 @@ class ModelExplanation:
     """What a training step on one batch keeps for backward. `str()` gives it as a table."""
 
     layers: tuple[LayerExplanation, ...] = field(repr=False)
-    predicted_bytes: int
-    saved_bytes: int
-    recompute_flops: int
-    """Matrix products in backward that saving would have spared."""
+
+    @property
+    def predicted_bytes(self) -> int:
+        return sum(layer.predicted_bytes for layer in self.layers)
+
+    @property
+    def saved_bytes(self) -> int:
+        return sum(layer.saved_bytes for layer in self.layers)
+
+    @property
+    def predicted_flops(self) -> int:
+        return sum(layer.predicted_flops for layer in self.layers)
+
+    @property
+    def recompute_flops(self) -> int:
+        return sum(layer.recompute_flops for layer in self.layers)
 
     def __str__(self) -> str:
-        lines = [f"{'layer':28} {'predicted':>12} {'saved':>12} {'not saved':>12} {'MFLOP again':>12}"]
+        width = max(28, *(len(layer.name) for layer in self.layers))
+        titles = ("predicted", "saved", "not saved", "MFLOP predicted", "MFLOP again")
+        lines = [f"{'layer':{width}} " + " ".join(f"{title:>15}" for title in titles)]
+        spared = 0
         for layer in self.layers:
-            spared, flops = (sum(row[i] for row in layer.recomputed) for i in (1, 2))
-            sizes = f"{layer.predicted_bytes:12,} {layer.saved_bytes:12,} {spared:12,}"
-            lines.append(f"{layer.name:28} {sizes} {flops / 1e6:12.1f}")
+            lines.append(_line(layer.name, width, layer, sum(size for _, size, _ in layer.recomputed)))
             lines += [f"    saved {text}" for text in layer.saved]
             lines += [f"    again {name}" for name, _, _ in layer.recomputed]
-        total = f"{self.predicted_bytes:12,} {self.saved_bytes:12,}"
-        return "\n".join([*lines, f"{'all':28} {total} {'':12} {self.recompute_flops / 1e6:12.1f}"])
+            spared += sum(size for _, size, _ in layer.recomputed)
+        return "\n".join([*lines, _line("all", width, self, spared)])
+
+
+def _line(name: str, width: int, part: LayerExplanation | ModelExplanation, spared: int) -> str:
+    sizes = " ".join(f"{size:15,}" for size in (part.predicted_bytes, part.saved_bytes, spared))
+    flops = " ".join(f"{flops / 1e6:15.1f}" for flops in (part.predicted_flops, part.recompute_flops))
+    return f"{name:{width}} {sizes} {flops}"
 
 
 def explain(model: nn.Module, inputs: dict[str, Tensor]) -> ModelExplanation:
@@ -62,55 +88,73 @@ def explain(model: nn.Module, inputs: dict[str, Tensor]) -> ModelExplanation:
     and on `inputs`. No gradient is computed, and random numbers are given back.
 
     Args:
-        model: holds a transformers model whose layers are one nn.ModuleList.
-        inputs: keyword arguments of model.forward; every tensor is (B, ...), those of tokens (B, N).
+        model: holds a transformers model whose layers are in nn.ModuleLists: one, or, of an encoder-decoder,
+            one for each stack.
+        inputs: keyword arguments of model.forward; every tensor is (B, ...), those of tokens (B, N), those of
+            an encoder-decoder's targets (labels, decoder_...) (B, M). What has another shape, such as images
+            and recordings, is cut to fewer samples only.
 
     Raises:
         UnsupportedModelError: no list of layers.
-        InvalidArgumentError: no (B, N) input_ids among the inputs.
+        InvalidArgumentError: an input is no (B, ...) tensor, or there is none.
     """
-    ids = inputs.get("input_ids")
-    if not isinstance(ids, Tensor) or ids.dim() != 2:
-        raise InvalidArgumentError("inputs", f"without (B, N) input_ids: {sorted(inputs)}", "model's inputs")
+    batch = Batch.of(model, inputs)
     recomputes = _recomputes(model)
-    if any(not recompute.planned for recompute in recomputes):
-        _measure(model, _probe(inputs, *_PROBES[0], padded=False), recomputes)
-    measured = _measure(model, inputs, recomputes)
-    probes = [
-        _measure(model, _probe(inputs, *shape, padded=measured.packed), recomputes) for shape in _PROBES
-    ]
-    at = torch.tensor([probe.place for probe in probes], dtype=torch.float64)
-    here = torch.tensor(measured.place, dtype=torch.float64)
-    layers = []
-    for name in [*_layers(model), HEAD]:
-        sizes = torch.tensor([sum(_bytes_of(probe.tensors[name])) for probe in probes], dtype=torch.float64)
-        predicted = round(float(here @ torch.linalg.solve(at, sizes)))
-        kept = measured.tensors[name]
-        saved = sum(_bytes_of(kept))
-        layers.append(LayerExplanation(name, predicted, saved, _describe(kept), measured.recomputed[name]))
-    return ModelExplanation(
-        tuple(layers),
-        sum(layer.predicted_bytes for layer in layers),
-        sum(layer.saved_bytes for layer in layers),
-        sum(flops for layer in layers for _, _, flops in layer.recomputed),
-    )
+    if recomputes:  # they plan in a first pass, and once more after weights were frozen or set free
+        _measure(model, next(batch.probes(padded=False)), recomputes)
+    measured = _measure(model, batch, recomputes)
+    probes = [_measure(model, probe, recomputes) for probe in batch.probes(padded=measured.packed)]
+    names = [*_layers(model), HEAD]
+    known = [[*probe.bytes(names), *probe.flops(names)] for probe in probes]
+    predicted = _extrapolated([probe.place for probe in probes], known, measured.place)
+    predicted = zip(names, predicted[: len(names)], predicted[len(names) :], strict=True)
+    return ModelExplanation(tuple(measured.explained(*layer) for layer in predicted))
+
+
+def _extrapolated(places: list[tuple], known: list[list[int]], here: tuple) -> list[int]:
+    """The linear function of `places` that is `known`, here. What all places have alike is alike here."""
+    at, known, here = (torch.tensor(x, dtype=torch.float64) for x in (places, known, here))
+    unit = here.clamp(min=1)
+    solution = torch.linalg.lstsq(at / unit, known, driver="gelsd").solution
+    return (here / unit @ solution).round().long().tolist()
 
 
 @dataclass
 class _Pass:
     """What one forward pass did."""
 
+    batch: Batch
     tensors: dict[str, list[Tensor]]  # kept, by layer; each storage once
     recomputed: dict[str, tuple[tuple[str, int, int], ...]]
-    place: tuple[int, int, int] = (1, 0, 0)  # one, samples, tokens: what bytes are a linear function of
+    rows: dict[str, int]  # that went into a list of layers
     packed: bool = False
 
+    def bytes(self, names: list[str]) -> list[int]:
+        return [sum(x.untyped_storage().nbytes() for x in self.tensors[name]) for name in names]
 
-def _measure(model: nn.Module, inputs: dict, recomputes: list[Recompute]) -> _Pass:
+    def flops(self, names: list[str]) -> list[int]:
+        return [sum(flops for _, _, flops in self.recomputed[name]) for name in names]
+
+    def explained(self, name: str, predicted_bytes: int, predicted_flops: int) -> LayerExplanation:
+        kept = self.tensors[name]
+        saved, again = sum(self.bytes([name])), self.recomputed[name]
+        return LayerExplanation(name, predicted_bytes, saved, _describe(kept), predicted_flops, again)
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        """What bytes and FLOPs are a linear function of."""
+        samples, source, target = self.batch.shape
+        linear = (1, samples, samples * source, samples * target)
+        if self.packed:
+            return (*linear, *self.rows.values())
+        return (*linear, *(samples * pairs for pairs in (source * source, target * target, source * target)))
+
+
+def _measure(model: nn.Module, batch: Batch, recomputes: list[Recompute]) -> _Pass:
     layers = _layers(model)
     weights = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
     seen: dict[int, Tensor] = {}
-    done = _Pass(defaultdict(list), defaultdict(tuple))
+    done = _Pass(batch, defaultdict(list), defaultdict(tuple), {})
     now = [HEAD]
 
     def note(tensor: Tensor) -> Tensor:
@@ -121,26 +165,32 @@ def _measure(model: nn.Module, inputs: dict, recomputes: list[Recompute]) -> _Pa
         return tensor.detach()
 
     def enter(name: str):
-        return lambda module, args: now.append(name)
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            now.append(name)
+            hidden = args[0] if args else kwargs["hidden_states"]
+            done.rows[name.rpartition(".")[0]] = hidden.numel() // hidden.shape[-1]
+            alone = hidden.shape[0] == 1 and batch.shape[0] > 1
+            done.packed = done.packed or alone or kwargs.get("cu_seq_lens_q") is not None
 
-    handles = [layer.register_forward_pre_hook(enter(name)) for name, layer in layers.items()]
+        return hook
+
+    handles = [
+        layer.register_forward_pre_hook(enter(name), with_kwargs=True) for name, layer in layers.items()
+    ]
     handles += [layer.register_forward_hook(lambda m, a, out: now.append(HEAD)) for layer in layers.values()]
     try:
         counting = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
         with _observing(recomputes), torch.random.fork_rng(), torch.enable_grad(), counting:
-            model(**inputs)
+            model(**batch.inputs)
     finally:
         for handle in handles:
             handle.remove()
-    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-    real = ids.numel() if mask is None else int(mask.sum())
-    rows = {x.shape[1] for kept in done.tensors.values() for x in kept if x.dim() == 3 and x.shape[0] == 1}
-    done.packed = real < ids.numel() and real in rows
-    done.place = (1, len(ids), real if done.packed else ids.numel())
+    places = {module: (HEAD, path) for path, module in model.named_modules()}
     for name, layer in layers.items():
-        names = {module: path for path, module in layer.named_modules()}
-        sites = [site for r in recomputes for site in r.sites if site.module in names and site.needed]
-        done.recomputed[name] = tuple((names[s.module], s.bytes, s.flops) for s in sites)
+        places.update({module: (name, path) for path, module in layer.named_modules()})
+    for site in (site for recompute in recomputes for site in recompute.sites if site.needed):
+        name, path = places[site.module]
+        done.recomputed[name] += ((path, site.bytes, site.flops),)
     return done
 
 
@@ -162,36 +212,19 @@ def _recomputes(model: nn.Module) -> list[Recompute]:
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The longest list of layers, by name."""
-    lists = {path: m for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0}
+    """The layers in every list that lies in no other, by name."""
+    lists: dict[str, nn.ModuleList] = {}
+    for path, module in model.named_modules():
+        inside = any(path.startswith(f"{outer}.") for outer in lists)
+        if isinstance(module, nn.ModuleList) and not inside and any(True for _ in module.parameters()):
+            lists[path] = module
     if not lists:
         raise UnsupportedModelError(f"{type(model).__name__} has no list of layers")
-    path, layers = max(lists.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
-    short = path.removeprefix("base_model.model.")
-    return {f"{short}.{i}": layer for i, layer in enumerate(layers)}
-
-
-def _probe(inputs: dict, samples: int, tokens: int, *, padded: bool) -> dict:
-    """A batch of that shape, cut from this one; padded: all samples but the first lack their last token."""
-    batch, seqlen = inputs["input_ids"].shape
-
-    def cut(x):
-        if not isinstance(x, Tensor) or x.dim() == 0:
-            return x
-        rows = x[torch.arange(samples) % batch]
-        per_token = x.dim() > 1 and x.shape[1] == seqlen
-        return rows[:, torch.arange(tokens) % seqlen] if per_token else rows
-
-    probe = {name: cut(x) for name, x in inputs.items()}
-    if probe.get("attention_mask") is not None:
-        probe["attention_mask"] = torch.ones_like(probe["attention_mask"])
-        if padded:
-            probe["attention_mask"][1:, -1] = 0
-    return probe
-
-
-def _bytes_of(tensors: list[Tensor]) -> list[int]:
-    return [x.untyped_storage().nbytes() for x in tensors]
+    return {
+        f"{path.removeprefix('base_model.model.')}.{i}": layer
+        for path, layers in lists.items()
+        for i, layer in enumerate(layers)
+    }
 
 
 def _describe(tensors: list[Tensor]) -> tuple[str, ...]:

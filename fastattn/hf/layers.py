@@ -32,10 +32,11 @@ def restore_layers(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class ReplaceAdapters:
-    """Before the bare model: adapters may have been put in since patch."""
+    """Before a model: adapters may have been put in since patch, with a dropout of their own."""
 
     def __call__(self, model: nn.Module, args: tuple) -> None:
         if "peft" in sys.modules and not torch.compiler.is_compiling():
             from ..frozen.lora import replace_loras
 
             replace_loras(model)
+            replace_dropouts(model)

@@ -229,6 +229,7 @@ def _patch_head(
     if isinstance(family, OwnAttentionFamily):
         from .own_attention import EnterOwnHead as enter
     handles = [
+        model.register_forward_pre_hook(ReplaceAdapters()),
         model.register_forward_pre_hook(enter(options, reads), with_kwargs=True),
         model.register_forward_hook(LeaveHead(), with_kwargs=True),
     ]

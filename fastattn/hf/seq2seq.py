@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import UnsupportedModelError
+from ..frozen import set_packing
 from .call import KEYWORD, Call, Options, argument, begin, pad_output, replace_arguments
 from .decoder import PER_TOKEN, pack_tokens, positions, uses_cache
 from .families import Reads, forward_parameters, relative
@@ -199,6 +200,7 @@ def _pack_for_decoder(
         return None
     # Where one of the two has padding, the other goes with it.
     call.layout = layout or whole(*tokens.shape[:2], tokens.device)
+    set_packing(call.layout.cu_seqlens, len(call.layout.rows))
     new = {"attention_mask": torch.ones(1, len(call.layout.rows), dtype=torch.bool, device=tokens.device)}
     new["use_cache"] = False
     if states is not None:

@@ -14,6 +14,7 @@ from fastattn.finetune.methods import head_modules
 from fastattn.finetune.settings import Settings, check_method, default_lr
 from fastattn.finetune.training import AdamWithMasters, Trainer
 
+METHODS = ("head", "lora", "prefix", "prompt", "last-1", "bitfit", "ln", "full")
 TEXT = 12  # tokens; the tiny model reads 32, of which prefix and prompt tuning take 20
 
 
@@ -70,7 +71,7 @@ def test_methods_train_what_they_say(make_trainer):
         assert all("pooler" in name or "classifier.modules_to_save" in name for name in rest)
 
 
-@pytest.mark.parametrize("train", ["head", "lora", "prefix", "prompt", "last-1", "bitfit", "ln", "full"])
+@pytest.mark.parametrize("train", METHODS)
 def test_the_loss_falls(make_trainer, train, attention):
     lr = 1e-3 if train == "full" else default_lr(train)
     trainer = make_trainer(attention, dropout=False, train=train, steps=20, lr=lr)
@@ -190,14 +191,14 @@ def test_masters_keep_updates_that_bfloat16_would_round_away():
     assert (p < 1).all()
 
 
-@pytest.mark.parametrize("train", ["lora", "prefix", "prompt"])
+@pytest.mark.parametrize("train", METHODS)
 def test_arms_agree_without_dropout(make_trainer, native, train):
+    """Gradients too: the second step's loss depends on all of the first's."""
     losses = {}
-    for arm in ("fastattn", "sdpa", "eager"):
+    for arm in ("fastattn", "sdpa"):
         trainer = make_trainer(arm, dropout=False, train=train)
         losses[arm] = [trainer.step(i)["loss"] for i in range(4)]
     torch.testing.assert_close(losses["fastattn"], losses["sdpa"], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(losses["fastattn"], losses["eager"], rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_off_means_off(make_trainer):

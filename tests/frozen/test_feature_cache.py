@@ -13,11 +13,21 @@ class Output:
         self.last_hidden_state = hidden
 
 
+class Config:
+    """As much of transformers' as is looked at."""
+
+    heads = 2
+
+    def to_dict(self) -> dict:
+        return {"heads": self.heads, "_name_or_path": self}
+
+
 class Backbone(nn.Module):
     """Sums over real tokens, so that every one counts; `calls` says how many rows it has seen."""
 
     def __init__(self):
         super().__init__()
+        self.config, self.norm = Config(), nn.LayerNorm(8, elementwise_affine=False)
         torch.manual_seed(0)
         self.embed, self.mix, self.top = nn.Embedding(50, 8), nn.Linear(8, 8), nn.Linear(8, 8)
         self.dropout = nn.Dropout(0.5)
@@ -30,7 +40,7 @@ class Backbone(nn.Module):
         x = self.embed(input_ids) * attention_mask[..., None]
         if token_type_ids is not None:
             x = x * (1 + token_type_ids[..., None])
-        x = self.dropout(self.mix(x.cumsum(1)))
+        x = self.dropout(self.mix(self.norm(x.cumsum(1))))
         return Output(torch.tanh(x + x.sum(1, keepdim=True) + self.shift))
 
 
@@ -83,7 +93,9 @@ def test_the_same_text_twice_in_a_batch_is_computed_once():
     torch.testing.assert_close(found, plain(backbone, twice))
 
 
-@pytest.mark.parametrize("change", ["token", "mask", "weight", "buffer", "dtype", "types", "features"])
+@pytest.mark.parametrize(
+    "change", ["token", "mask", "weight", "buffer", "dtype", "types", "config", "module", "features"]
+)
 def test_whatever_shapes_the_features_is_in_the_key(change, tmp_path):
     backbone = Backbone()
     cache = FeatureCache(backbone, directory=tmp_path)
@@ -101,6 +113,10 @@ def test_whatever_shapes_the_features_is_in_the_key(change, tmp_path):
             backbone.shift += 1
         elif change == "dtype":
             backbone.to(torch.float64)
+        elif change == "config":
+            backbone.config.heads = 4
+        elif change == "module":
+            backbone.norm.eps = 1e-3
         elif change == "types":
             batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
         else:
@@ -125,11 +141,34 @@ def test_on_disk(tmp_path):
     assert not torch.equal(again(**batch), first)
 
 
-def test_a_backbone_in_training_mode_is_refused():
+@pytest.mark.parametrize("found", [True, False])
+def test_a_backbone_in_training_mode_is_refused(found):
     backbone = Backbone()
+    cache = FeatureCache(backbone)
+    if found:
+        cache(**inputs())
     backbone.dropout.train()
     with pytest.raises(InvalidArgumentError, match=r"in training mode \(dropout\)"):
-        FeatureCache(backbone)(**inputs())
+        cache(**inputs())
+
+
+def test_autocast_is_in_the_key():
+    backbone = Backbone()
+    cache = FeatureCache(backbone)
+    exact = cache(**inputs())
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            assert not torch.equal(cache(**inputs()), exact)
+    assert cache.misses == 12
+    assert torch.equal(cache(**inputs()), exact)
+    assert cache.misses == 12
+
+
+def test_padding_in_front_moves_positions():
+    cache = FeatureCache(Backbone())
+    cache(**inputs())
+    cache(**{name: nn.functional.pad(x, (3, 0)) for name, x in inputs().items()})
+    assert cache.misses == 8
 
 
 def test_trained_weights_are_refused_only_where_they_count():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
+from seq2seq_zoo import run_seq2seq, seq2seq, sources, targets
 from torch import nn
 from zoo import ENCODERS, batch, build, decoder, deviation, labels_for, run, twin
 
@@ -59,6 +60,62 @@ def test_decoder():
     packed = seeded(patch(twin(model), padding_free=True), inputs)
     padded = seeded(patch(twin(model), padding_free=False), inputs)
     assert largest_difference(packed, padded) < 1e-5
+
+
+@pytest.mark.parametrize("shorter", ["source", "target", "both"])
+def test_encoder_decoder(shorter):
+    """Whichever side has padding, and so makes the other run packed."""
+    inputs = {**sources("t5", "none" if shorter == "target" else "right"), "labels": targets()}
+    if shorter == "source":
+        inputs["labels"] = inputs["labels"].clamp(min=0)
+    model = seq2seq("t5", dropout_rate=0.2).train()
+    results = []
+    for padding_free in (True, False):
+        ours = patch(twin(model), padding_free=padding_free)
+        torch.manual_seed(3)
+        results.append(run_seq2seq(ours, inputs))
+    assert largest_difference(*results) < 1e-5
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_dropout_of_adapters(order):
+    """Patched before or after peft puts it in."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=2, target_modules=["query", "value"], lora_dropout=0.3, task_type="SEQ_CLS", init_lora_weights=False
+    )
+    results = []
+    for padding_free in (True, False):
+        model = build("bert").train()
+        if order == "before":
+            patch(model, padding_free=padding_free)
+        torch.manual_seed(0)
+        model = patch(peft.get_peft_model(model, config), padding_free=padding_free)
+        results.append(seeded(model, labelled()))
+    assert largest_difference(*results) < 1e-5
+    unpatch(model)
+    assert not any(type(module) is Dropout for module in model.modules())
+
+
+def test_a_decoder_drops_alike_wherever_its_padding_lies():
+    """Its tokens, packed, count from the first real one."""
+    model = patch(decoder("gpt2").train(), padding_free=True)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.2
+    right = batch("right")
+    lengths = right["attention_mask"].sum(1)
+    left = {
+        name: torch.stack([row.roll(-int(n)) for row, n in zip(x, lengths, strict=True)])
+        for name, x in right.items()
+    }
+    results = []
+    for inputs in (right, left):
+        mask = inputs["attention_mask"]
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        inputs["labels"] = inputs["input_ids"].masked_fill((mask == 0) | (mask.cumsum(1) == 1), -100)
+        results.append(seeded(model, inputs))
+    assert largest_difference(*results) < 1e-5
 
 
 @pytest.mark.parametrize("recompute", ["none", "all"])

@@ -14,7 +14,7 @@ pytest.importorskip("peft")
 import peft
 import transformers
 from torch import nn
-from zoo import BACKEND, batch, build, deviation, labels_for, run
+from zoo import BACKEND, batch, build, deviation, labels_for, run, specimen, training_inputs, twin
 
 from fastattn.frozen import Linear, linear, lora
 from fastattn.hf import patch, unpatch
@@ -188,3 +188,19 @@ def test_recompute_takes_the_way_that_forward_took(products):
     before = len(products)
     loss.backward()
     assert len(products) == before > 0
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_lora_in_the_head(order):
+    """Outside of the bare model, whose hooks do not see it."""
+    torch.manual_seed(0)
+    model = specimen("llama")
+    config = peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+    inputs = training_inputs("llama", padding="right")
+    expected = run(peft.get_peft_model(twin(model), config), inputs)
+    model = patch(model, backend=BACKEND) if order == "before" else model
+    model = patch(peft.get_peft_model(model, config), backend=BACKEND)
+    found = run(model, inputs)
+    assert type(model.base_model.model.lm_head) is lora.Linear
+    assert found.keys() == expected.keys()
+    assert type(unpatch(model).base_model.model.lm_head) is peft.tuners.lora.Linear

@@ -207,17 +207,6 @@ def test_gradient_checkpointing(family, reentrant):
     assert max(deviation(run(model, inputs), expected).values()) <= 1e-5
 
 
-def test_gradient_checkpointing_replays_dropout():
-    inputs = labelled()
-    model = patch(build("bert", hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2), backend=BACKEND)
-    model.train()
-    torch.manual_seed(5)
-    expected = run(model, inputs)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    torch.manual_seed(5)
-    assert max(deviation(run(model, inputs), expected).values()) <= 1e-6
-
-
 @pytest.mark.parametrize("padding", ["right", "left"])
 def test_attention_weights_are_the_models_own(padding):
     inputs = batch(padding)
@@ -242,14 +231,21 @@ def test_attention_weights_asked_for_in_the_config():
 
 
 def test_autocast():
-    inputs = batch("right")
+    """No further from fp32 than unpatched, logits and gradients, in root mean square."""
+    inputs = labelled()
     model = build("bert")
-    with torch.no_grad():
-        exact = model(**inputs).logits
-        with torch.autocast("cpu", torch.bfloat16):
-            theirs = model(**inputs).logits.float()
-            ours = patch(model, backend=BACKEND)(**inputs).logits.float()
-    assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max() + 1e-3
+    exact = run(model, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = run(model, inputs)
+        ours = run(patch(model, backend=BACKEND), inputs)
+    assert ours.keys() == theirs.keys() == exact.keys()
+    gradients = [name for name in exact if name.startswith("grad")]
+    for names in (["logits"], gradients):
+        errors = [
+            sum((result[name].float() - exact[name]).square().sum() for name in names) ** 0.5
+            for result in (ours, theirs)
+        ]
+        assert errors[0] <= 2 * errors[1]
 
 
 def test_bert_as_a_decoder():
@@ -260,25 +256,6 @@ def test_bert_as_a_decoder():
     expected = model(**inputs).last_hidden_state
     out = patch(model, backend=BACKEND)(**inputs).last_hidden_state
     torch.testing.assert_close(out[real], expected[real], rtol=1e-5, atol=2e-5)
-
-
-def test_attention_compiles_whole():
-    """With padding_free=False no graph break; with it, breaks where the number of tokens is read."""
-    if BACKEND == "reference":
-        pytest.skip("the reference is no op, and not meant to be compiled")
-    inputs = batch("right")
-    model = build("bert", num_hidden_layers=1)
-    expected = model(**inputs).logits
-    patch(model, padding_free=False)
-    torch._dynamo.reset()
-    whole = torch.compile(model, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(whole(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
-    whole(**inputs).logits.sum().backward()
-    patch(unpatch(model))
-    torch._dynamo.reset()
-    broken = torch.compile(model, backend="eager")
-    torch.testing.assert_close(broken(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
-    torch._dynamo.reset()
 
 
 def test_trainer(tmp_path):

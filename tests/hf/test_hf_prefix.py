@@ -70,18 +70,22 @@ def seen_by_attention(monkeypatch) -> list:
         ("llama", "SEQ_CLS"),
     ],
 )
-def test_same_numbers_and_the_prefix_once(kind, task, padding, monkeypatch):
+def test_same_numbers_and_the_prefix_once(kind, task, padding, monkeypatch, gradients):
     inputs = inputs_for(task, padding)
     expected = run(tuned(kind, task).train(), inputs)
     model = patch(tuned(kind, task).train(), backend=BACKEND)
     seen = seen_by_attention(monkeypatch)
+    gradients.clear()
     result = run(model, inputs)
     assert any("prompt_encoder" in name for name in result)
     assert max(deviation(result, expected).values()) <= 1e-5
-    layer, shape, *gradients, prefix = seen[0]
+    layer, shape, *needs, prefix = seen[0]
     assert (layer, prefix[0], prefix[2]) == (0, 1, P)
     # of the first layer's keys and values, those of the prefix alone have a gradient
-    assert gradients == [False, False, False, True]
+    assert needs == [False, False, False, True]
+    # and that is all that its backward computed: its call for the tokens' own keys never came
+    assert gradients[-1] == (P, (False, True, True, False, False))
+    assert [keys == P for keys, _ in gradients] == [True, False] * (len(seen) - 1) + [True]
     packed = padding == "right" or (padding == "left" and kind in ("gpt2", "llama"))
     assert shape[0] == (int(inputs["attention_mask"].sum()) if packed else 5)
 

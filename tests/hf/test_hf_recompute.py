@@ -13,6 +13,7 @@ from zoo import BACKEND, ENCODERS, batch, build, decoder, labels_for, run
 from fastattn.errors import InvalidArgumentError
 from fastattn.finetune.measure import SavedBytes
 from fastattn.hf import patch, patched, unpatch
+from fastattn.hf.patch import recompute_of
 
 QV = {"distilbert": ["q_lin", "v_lin"], "gpt2": ["c_attn"], "llama": ["q_proj", "v_proj"]}
 ALL = ["query", "key", "value", "output.dense", "intermediate.dense"]
@@ -102,6 +103,27 @@ def test_adapters_on_any_subset(targets):
     torch.manual_seed(0)
     model = lora(build("bert", hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2).train(), targets)
     assert check(model, labelled()) < 0.75
+
+
+def test_weights_frozen_and_set_free_after_the_first_step():
+    """The plan is that of a model which has been so from the beginning."""
+    inputs = labelled()
+
+    def train(model, layers):
+        model.requires_grad_(False).classifier.requires_grad_(True)
+        for layer in model.bert.encoder.layer[3 - layers :]:
+            layer.requires_grad_(True)
+
+    model = patch(build("bert").train(), backend=BACKEND)
+    for layers in (1, 3, 2):
+        train(model, layers)
+        train(fresh := patch(build("bert").train(), backend=BACKEND), layers)
+        run(fresh, inputs)
+        run(model, inputs)
+        found, expected = ([site.chosen for site in recompute_of(m.bert).sites] for m in (model, fresh))
+        assert found == expected
+        assert layers == 1 or not all(found)
+        assert saved(model, inputs) == saved(fresh, inputs)
 
 
 @pytest.mark.parametrize("family", ENCODERS)

@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import BACKEND, deviation, twin
 
 from fastattn import log
-from fastattn.backends.cpu.backend import CpuBackend
 from fastattn.errors import UnsupportedModelError
 from fastattn.hf import patch
 from fastattn.hf.families import relative
@@ -142,20 +141,6 @@ def test_a_changed_structure_is_an_error():
         break_it(model)
         with pytest.raises(UnsupportedModelError, match=reason):
             patch(model, backend=BACKEND)
-
-
-@pytest.fixture
-def gradients(monkeypatch):
-    """(keys, which of dq, dk, dv, dbias, drelative_bias) of every call of the native backward."""
-    calls = []
-    backward = CpuBackend.backward
-
-    def noting(self, problem, *args):
-        calls.append((problem.total_k, tuple(gradient is not None for gradient in args[-1])))
-        return backward(self, problem, *args)
-
-    monkeypatch.setattr(CpuBackend, "backward", noting)
-    return calls
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])

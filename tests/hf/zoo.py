@@ -178,8 +178,6 @@ class Specimen:
     heads: tuple[str, ...]  # classes of models with a head; the first one generates and takes LoRA
     settings: dict  # of the config
     lora: tuple[str, ...] = ("q_proj", "v_proj")  # modules that LoRA adapts
-    # What transformers itself refuses to generate with, by its name in test_hf_families.GENERATE.
-    cannot_generate: tuple[str, ...] = ()
 
 
 _SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

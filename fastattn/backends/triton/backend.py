@@ -60,9 +60,12 @@ class TritonBackend:
 
     def kernel(self, problem: AttentionProblem) -> str:
         from . import launch
+        from .arguments import precision
 
         arch, processors = self._device(problem.device)
-        config, fold_heads, splits = launch.plan_forward(problem, arch, processors)
+        config, fold_heads, splits = launch.plan_forward(
+            problem, arch, processors, precision(problem.dtype, arch)
+        )
         name = arch if isinstance(arch, str) else f"sm_{arch}"
         decoding = f", heads folded, keys split {splits} ways" if fold_heads else ""
         tuning = ", or what tuning finds" if launch.tuning() else ""

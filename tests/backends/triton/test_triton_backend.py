@@ -1,5 +1,6 @@
 """What can be asked of the backend without a GPU: that it says so, costs nothing, chooses purely."""
 
+import importlib
 import subprocess
 import sys
 
@@ -73,3 +74,38 @@ def test_tf32_where_torch_allows_it_and_the_part_has_it(arch, expected, monkeypa
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     assert arguments.precision(torch.float32, arch) == expected
     assert arguments.precision(torch.float16, arch) == "ieee"
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """on_gpu(arch, release): what the backend says of a problem there, with that release of Triton."""
+
+    def ask(arch, release):
+        module = importlib.import_module("fastattn.backends.triton.backend")
+        asked = module.TritonBackend()
+        monkeypatch.setattr(module, "interpreting", lambda: True)
+        monkeypatch.setattr(asked, "_device", lambda _: (arch, 4))
+        monkeypatch.setattr(pytest.importorskip("triton"), "__version__", release)
+        q = torch.randn(1, 1, 4, 16)
+        inputs = fastattn.problem.AttentionInputs(q, q, q)
+        return asked.supports(fastattn.problem.describe(inputs, (True, 0.25, -1, -1, 0.0, 0.0, 0, 0), True))
+
+    return ask
+
+
+@pytest.mark.parametrize("arch", [90, 100])
+def test_releases_that_leave_out_a_fence_are_refused_where_it_matters(arch, on_gpu):
+    for release in ("3.5.1", "3.6.0", "3.6.0+git1"):
+        reason = on_gpu(arch, release)
+        assert f"Triton {release}" in reason
+        assert "3.7" in reason
+        assert on_gpu(80, release) is None
+        assert on_gpu(120, release) is None
+        assert on_gpu("gfx942", release) is None
+    for release in ("3.7.0", "3.9.0", "3.10.0", "4.0.0"):
+        assert on_gpu(arch, release) is None
+
+
+def test_turing_is_refused_by_name(on_gpu):
+    assert "compute capability 8.0" in on_gpu(75, "3.9.0")
+    assert "7.5" in on_gpu(75, "3.9.0")

@@ -19,9 +19,13 @@ def layout(x: Tensor | None) -> Layout | None:
     return None if x is None else (x.shape, x.stride())
 
 
-def precision(dtype: torch.dtype) -> str:
-    """TF32 only where torch would use it for a matrix product."""
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+def precision(dtype: torch.dtype, arch: configs.Arch) -> str:
+    """TF32 only where torch would use it for a matrix product, and where the part has it."""
+    if (
+        dtype == torch.float32
+        and torch.get_float32_matmul_precision() != "highest"
+        and configs.has_tf32(arch)
+    ):
         return "tf32"
     return "ieee"
 

@@ -59,13 +59,18 @@ class TritonBackend:
         arch, _ = self._device(problem.device)
         if isinstance(arch, int) and arch < _OLDEST_NVIDIA:
             return f"needs compute capability {_OLDEST_NVIDIA / 10}, {problem.device} has {arch / 10}"
+        if isinstance(arch, int) and 90 <= arch < 120:
+            return _why_not_fenced(arch)
         return None
 
     def kernel(self, problem: AttentionProblem) -> str:
         from . import launch
+        from .arguments import precision
 
         arch, processors = self._device(problem.device)
-        config, fold_heads, splits = launch.plan_forward(problem, arch, processors)
+        config, fold_heads, splits = launch.plan_forward(
+            problem, arch, processors, precision(problem.dtype, arch)
+        )
         name = arch if isinstance(arch, str) else f"sm_{arch}"
         decoding = f", heads folded, keys split {splits} ways" if fold_heads else ""
         tuning = ", or what tuning finds" if launch.tuning() else ""
@@ -122,6 +127,22 @@ class TritonBackend:
                 arch = properties.major * 10 + properties.minor
             self._devices[index] = arch, properties.multi_processor_count
         return self._devices[index]
+
+
+def _why_not_fenced(arch: int) -> str | None:
+    """These parts' matrix units read shared memory by another path than the copies that fill it.
+
+    Releases before 3.7 leave out the fence between the two in pipelined loops (docs/proof-triton.md).
+    """
+    from triton import __version__ as release
+
+    major, minor = release.split(".")[:2]
+    if (int(major), int(minor)) >= (3, 7):
+        return None
+    return (
+        f"Triton {release} leaves a memory fence out of code for compute capability {arch / 10}: "
+        f"needs Triton 3.7 or newer"
+    )
 
 
 def _why_unavailable() -> str | None:

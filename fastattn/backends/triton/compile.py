@@ -104,20 +104,20 @@ class Variant:
         if self.config is not None:
             return self.config
         shape = (self.head_dim, self.head_dim_v or self.head_dim, _ITEMSIZE[self.dtype])
+        tf32 = self.precision == "tf32"
         if self.kernel == "decode":
             return configs.decode_config(self.arch, 8, *shape)
         if self.kernel == "forward":
             shaped = bool(self.features - {"left", "right", "packed"})
             biased = bool(self.features & {"bias", "relative_bias"})
             lean = not self.features & {"left", "packed"}
-            return configs.forward_config(self.arch, *shape, shaped, biased, lean)
-        choose = {
-            "dq": configs.dq_config,
-            "dkdv": configs.dkdv_config,
-            "dbias": configs.bias_config,
-            "drelative_bias": configs.bias_config,
-        }.get(self.kernel)
-        return choose(self.arch, *shape) if choose else TileConfig(32, 64, 4, 1)
+            return configs.forward_config(self.arch, *shape, shaped, biased, lean, tf32)
+        if self.kernel in ("dq", "dkdv"):
+            choose = configs.dq_config if self.kernel == "dq" else configs.dkdv_config
+            return choose(self.arch, *shape, tf32)
+        if self.kernel in ("dbias", "drelative_bias"):
+            return configs.bias_config(self.arch, *shape)
+        return configs.DELTA_TILES if self.kernel == "delta" else configs.ONE_WARP
 
     def constants(self) -> dict[str, object]:
         """The constexpr arguments, and the optional pointers that are absent."""
@@ -129,14 +129,14 @@ class Variant:
             "HEAD_DIM_V": head_dim_v,
             "BLOCK_M": tiles.block_m,
             "BLOCK_N": tiles.block_n,
-            "BLOCK": tiles.block_m,
+            "BLOCK": configs.bias_config(self.arch, self.head_dim, head_dim_v, _ITEMSIZE[self.dtype]).block_m,
             "BLOCK_D": configs.padded_dim(self.head_dim),
             "BLOCK_DV": configs.padded_dim(head_dim_v),
             "ALIGN": self.align or 16 // _ITEMSIZE[self.dtype],
             "FAR": False,
             "PRECISION": self.precision,
             "FOLD_HEADS": self.kernel == "decode",
-            "SPLITS": 4 if self.kernel == "decode" else 1,
+            "SPLIT": self.kernel == "decode",
             "POSITIVE_SCALE": True,
             "PAIRED": tiles.paired,
             "WANT_DK": self.want_dk,

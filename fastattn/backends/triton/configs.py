@@ -13,6 +13,11 @@ Arch = int | str
 INTERPRETER = "interpreter"
 
 
+def has_tf32(arch: Arch) -> bool:
+    """Whether tl.dot takes TF32 there: all of NVIDIA's parts since sm_80, of AMD's gfx942 alone."""
+    return isinstance(arch, int) or arch in ("gfx942", INTERPRETER)
+
+
 @dataclass(frozen=True)
 class TileConfig:
     """Query rows and keys of a tile, and how many warps and pipeline stages work on it.
@@ -35,6 +40,8 @@ class TileConfig:
         return f"{self.block_m}x{keys}, {self.num_warps} warps, {self.num_stages} stages"
 
 
+DELTA_TILES = TileConfig(32, 1, 4, 1)
+ONE_WARP = TileConfig(1, 1, 1, 1)  # merging shares and joining diagonals: a program is a row or a block
 # Small tiles let small tests meet many of them; one warp's size is the least tl.dot takes.
 _INTERPRETED = TileConfig(32, 32, 4, 1)
 
@@ -52,6 +59,7 @@ def forward_config(
     shaped: bool = False,
     biased: bool = False,
     lean: bool = True,
+    tf32: bool = False,
 ) -> TileConfig:
     """Tiles of the forward kernel.
 
@@ -65,7 +73,7 @@ def forward_config(
     if isinstance(arch, str):
         return _amd_config(arch, "forward", dim, itemsize)
     if itemsize == 4:
-        return _fp32_config(dim)
+        return _tf32_config("forward", dim) if tf32 else _fp32_config(dim)
     if dim <= 64:
         # 32 query rows a warp share each key fragment: fewer shared-memory loads for each matrix instruction.
         if shaped:
@@ -84,7 +92,7 @@ def forward_config(
     return TileConfig(64, 64, 8, 2) if arch in (80, 90, 100) else TileConfig(64, 32, 8, 2)
 
 
-def dq_config(arch: Arch, head_dim: int, head_dim_v: int, itemsize: int) -> TileConfig:
+def dq_config(arch: Arch, head_dim: int, head_dim_v: int, itemsize: int, tf32: bool = False) -> TileConfig:
     """Tiles of the dq kernel, which holds a tile of q, dout and dq and streams k and v."""
     dim = padded_dim(max(head_dim, head_dim_v))
     if arch == INTERPRETER:
@@ -92,7 +100,7 @@ def dq_config(arch: Arch, head_dim: int, head_dim_v: int, itemsize: int) -> Tile
     if isinstance(arch, str):
         return _amd_config(arch, "dq", dim, itemsize)
     if itemsize == 4:
-        return _fp32_config(dim)
+        return _tf32_config("dq", dim) if tf32 else _fp32_config(dim)
     # Three stages load the next tile while this one is computed with; two would wait for each.
     if dim <= 64:
         return TileConfig(64, 64, 4, 3)
@@ -106,7 +114,7 @@ def dq_config(arch: Arch, head_dim: int, head_dim_v: int, itemsize: int) -> Tile
     return TileConfig(64, 32, 8, 2) if arch == 80 else TileConfig(32, 32, 4, 2)
 
 
-def dkdv_config(arch: Arch, head_dim: int, head_dim_v: int, itemsize: int) -> TileConfig:
+def dkdv_config(arch: Arch, head_dim: int, head_dim_v: int, itemsize: int, tf32: bool = False) -> TileConfig:
     """Tiles of the dk/dv kernel, which holds a tile of k, v, dk and dv and streams q and dout."""
     dim = padded_dim(max(head_dim, head_dim_v))
     if arch == INTERPRETER:
@@ -114,7 +122,7 @@ def dkdv_config(arch: Arch, head_dim: int, head_dim_v: int, itemsize: int) -> Ti
     if isinstance(arch, str):
         return _amd_config(arch, "dkdv", dim, itemsize)
     if itemsize == 4:
-        return _fp32_config(dim)
+        return _tf32_config("dkdv", dim) if tf32 else _fp32_config(dim)
     # Long key tiles, since every query tile streams past them; the widest query tile that spills nothing.
     if dim <= 64:
         return TileConfig(64, 128, 8, 3) if arch in (90, 100) else TileConfig(32, 128, 8, 3)
@@ -167,6 +175,19 @@ def _fp32_config(dim: int) -> TileConfig:
     if dim <= 64:
         return TileConfig(32, 32, 4, 2)
     return TileConfig(16, 32, 4, 2) if dim <= 128 else TileConfig(16, 16, 4, 2)
+
+
+def _tf32_config(kernel: str, dim: int) -> TileConfig:
+    """Tiles that fit the 99 KiB of an 86, 89 or 120: elements have twice the bytes of float16's."""
+    if kernel == "dkdv":  # 64 rows of 64 would spill 168 words an iteration on sm_80
+        if dim <= 64:
+            return TileConfig(32, 64, 8, 2)
+        return TileConfig(32, 32, 4, 2) if dim <= 128 else TileConfig(16, 16, 4, 1)
+    if dim <= 64:
+        return TileConfig(64, 64 if kernel == "forward" else 32, 4, 2)
+    if dim <= 128:
+        return TileConfig(64 if kernel == "forward" else 32, 32, 4, 2)
+    return TileConfig(32, 16, 4, 2) if kernel == "forward" else TileConfig(16, 32, 4, 1)
 
 
 def _amd_config(arch: str, kernel: str, dim: int, itemsize: int) -> TileConfig:

@@ -2,7 +2,7 @@
 
 Online softmax after Milakov & Gimelshein (2018), tiling after Dao (2022, 2023). Every feature is a constexpr
 switch whose code is absent when it is off. The same kernel serves one head's queries and the heads of a group
-folded into one tile (few queries, many keys: decoding); with SPLITS > 1 each program takes a share of the
+folded into one tile (few queries, many keys: decoding); with SPLIT each program takes a share of the
 keys and writes a partial result, which decode.py merges.
 """
 
@@ -102,6 +102,7 @@ def forward_kernel(
     stride_alibi_b,
     stride_alibi_h,
     batch,
+    splits,
     num_heads,  # tiles are enumerated over these: kv heads if FOLD_HEADS, else query heads
     group_size,
     seqlen_q,
@@ -125,7 +126,7 @@ def forward_kernel(
     FAR: tl.constexpr,
     PRECISION: tl.constexpr,
     FOLD_HEADS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     PACKED: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
@@ -141,15 +142,16 @@ def forward_kernel(
 ):
     # Without anything added to the scores, the scale is folded into the exponential's multiply-add.
     PLAIN: tl.constexpr = POSITIVE_SCALE and not (HAS_BIAS or HAS_RELATIVE_BIAS or HAS_ALIBI or HAS_SOFTCAP)
-    tl.static_assert(not PAIRED or (PLAIN and not HAS_KEY_MASK and not HAS_DROPOUT and SPLITS == 1))
+    tl.static_assert(not PAIRED or (PLAIN and not HAS_KEY_MASK and not HAS_DROPOUT and not SPLIT))
 
     num_rows = seqlen_q
     if FOLD_HEADS:
         num_rows = seqlen_q * group_size
     tiles_m = tl.cdiv(num_rows, BLOCK_M)
     i_tile = tl.program_id(0)
-    i_split = i_tile % SPLITS
-    i_tile = i_tile // SPLITS
+    if SPLIT:
+        i_split = i_tile % splits
+        i_tile = i_tile // splits
     i_m = i_tile % tiles_m
     i_h = (i_tile // tiles_m) % num_heads
     i_b = i_tile // tiles_m // num_heads
@@ -228,8 +230,8 @@ def forward_kernel(
     begin, full_begin, full_end, end = visible_keys(
         first_i, last_i, diagonal, len_k, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_N, STEP
     )
-    if SPLITS > 1:
-        share = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), BLOCK_N), SPLITS) * BLOCK_N
+    if SPLIT:
+        share = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), BLOCK_N), splits) * BLOCK_N
         begin = begin + i_split * share
         end = tl.minimum(end, begin + share)
         full_begin = tl.minimum(tl.maximum(full_begin, begin), begin + share)
@@ -337,11 +339,13 @@ def forward_kernel(
     if HAS_DROPOUT:
         b_weight = b_weight * keep_scale
     o_out = i_b64 * stride_ob + o_h * stride_oh + (row_q + o_i).to(tl.int64) * stride_on
-    p_out += i_split.to(tl.int64) * stride_split_out
+    if SPLIT:
+        p_out += i_split.to(tl.int64) * stride_split_out
     store_rows(p_out, b_acc * b_weight[:, None], o_out, o_dv, m_r, HEAD_DIM_V, BLOCK_DV)
     if p_lse is not None:
         b_lse = tl.where(b_sum == 0.0, float("-inf"), (b_max + tl.log2(b_sum)) * LN2)
-        p_lse += i_split.to(tl.int64) * stride_split_lse
+        if SPLIT:
+            p_lse += i_split.to(tl.int64) * stride_split_lse
         tl.store(p_lse + i_b64 * stride_lse_b + o_h * stride_lse_h + (row_q + o_i), b_lse, mask=m_r)
     if PACKED and (i_m == tiles_m - 1) & (claimed_q > len_q):
         p_out_h = p_out + i_h.to(tl.int64) * stride_oh

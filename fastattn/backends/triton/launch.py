@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...problem import AttentionInputs, AttentionProblem
 from .. import Gradients
-from . import configs
+from . import configs, prepared
 from .arguments import Layout, alignment, common, far, layout, named_strides, precision
 from .backward import delta_kernel, dkdv_kernel, dq_kernel
 from .bias_backward import dbias_kernel, join_diagonals_kernel
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from .autotune import TunedLaunch
 
 _KEPT = 1024
-_DELTA_TILES = TileConfig(32, 1, 4, 1)
-_ONE_WARP = TileConfig(1, 1, 1, 1)
 
 
 def _tiles(rows: int, block: int) -> int:
@@ -65,10 +63,15 @@ def _with_tiles(
     )
 
 
+def _read_in_kernels(seed: Tensor) -> bool:
+    """Whether kernels read the seed: asking a GPU for its value would wait."""
+    return seed.device.type != "cpu"
+
+
 def _score_pointers(problem: AttentionProblem, inputs: AttentionInputs) -> tuple[dict, int | None]:
     """The pointers that stand last in every kernel that computes scores, and the seed."""
     key_mask, seed = inputs.key_mask, inputs.seed
-    on_device = seed is not None and seed.device == problem.device and problem.device.type != "cpu"
+    on_device = seed is not None and seed.device == problem.device and _read_in_kernels(seed)
     pointers = {
         # As words: a byte in what leads to an operand makes Triton lay that operand out for bytes, which
         # costs the tensor cores' fast loads.
@@ -78,7 +81,6 @@ def _score_pointers(problem: AttentionProblem, inputs: AttentionInputs) -> tuple
         "p_alibi": inputs.alibi_slopes,
         "p_cu_q": inputs.cu_seqlens_q,
         "p_cu_k": inputs.cu_seqlens_k,
-        # A seed on the device is read there: asking for its value would wait.
         "p_seed": seed if on_device else None,
     }
     return pointers, 0 if seed is None or on_device else seed.item() & (2**64 - 1)
@@ -87,7 +89,9 @@ def _score_pointers(problem: AttentionProblem, inputs: AttentionInputs) -> tuple
 # ---- forward
 
 
-def plan_forward(problem: AttentionProblem, arch: Arch, processors: int) -> tuple[TileConfig, bool, int]:
+def plan_forward(
+    problem: AttentionProblem, arch: Arch, processors: int, precision: str
+) -> tuple[TileConfig, bool, int]:
     """(tiles, whether the heads of a kv head share a tile, shares the keys are split into)."""
     group_size = problem.num_heads // problem.num_kv_heads
     rows = problem.seqlen_q * group_size
@@ -100,7 +104,7 @@ def plan_forward(problem: AttentionProblem, arch: Arch, processors: int) -> tupl
         )  # fmt: skip
         shape = (problem.head_dim, problem.head_dim_v, itemsize)
         lean = not problem.packed and problem.window_left < 0
-        config = configs.forward_config(arch, *shape, shaped, biased, lean)
+        config = configs.forward_config(arch, *shape, shaped, biased, lean, precision == "tf32")
         return config, False, 1
     config = configs.decode_config(arch, rows, problem.head_dim, problem.head_dim_v, itemsize)
     tiles = _tiles(rows, config.block_m) * problem.num_kv_heads * problem.batch
@@ -125,7 +129,7 @@ def _prepare_forward(
     arch: Arch,
     processors: int,
 ) -> _Forward:
-    config, fold_heads, splits = plan_forward(problem, arch, processors)
+    config, fold_heads, splits = plan_forward(problem, arch, processors, precision)
     heads = problem.num_kv_heads if fold_heads else problem.num_heads
     rows = problem.seqlen_q * (problem.num_heads // problem.num_kv_heads) if fold_heads else problem.seqlen_q
     target, all_rows = out, problem.batch * problem.num_heads * problem.seqlen_q
@@ -141,7 +145,8 @@ def _prepare_forward(
         "FAR": far(problem, (k, v)),
         "PRECISION": precision,
         "FOLD_HEADS": fold_heads,
-        "SPLITS": splits,
+        "splits": splits,
+        "SPLIT": splits > 1,
         "POSITIVE_SCALE": problem.softmax_scale > 0.0,
     }
 
@@ -159,7 +164,7 @@ def _prepare_forward(
             "HEAD_DIM_V": problem.head_dim_v,
             "BLOCK_DV": configs.padded_dim(problem.head_dim_v),
         }
-        merge = Launch(merge_kernel, all_rows, _ONE_WARP.options(), merged | named_strides({"o": out}))
+        merge = Launch(merge_kernel, all_rows, configs.ONE_WARP.options(), merged | named_strides({"o": out}))
     launch = _with_tiles(forward_kernel, attend, config, values, problem, fold_heads)
     return _Forward(launch, splits, merge)
 
@@ -175,8 +180,8 @@ def forward(
     """Launch the forward kernel, and the merge where the keys are split."""
     q, k, v = inputs[:3]
     plan = _prepare_forward(
-        problem, layout(q), layout(k), layout(v), layout(out), layout(inputs.bias), precision(problem.dtype),
-        arch, processors,
+        problem, layout(q), layout(k), layout(v), layout(out), layout(inputs.bias),
+        precision(problem.dtype, arch), arch, processors,
     )  # fmt: skip
     if plan.attend.programs == 0:
         if problem.packed:  # no sequence has a row, but there may be rows without a sequence
@@ -225,6 +230,7 @@ def _prepare_backward(
     dq, dk, dv, dbias, drelative_bias = gradients
     align = alignment(problem.dtype, (q, k, v, out, dout, dq, dk, dv))
     shape = (problem.head_dim, problem.head_dim_v, problem.dtype.itemsize)
+    tf32 = precision == "tf32"
     heads, kv_heads = problem.num_heads, problem.num_kv_heads
     sequences = problem.batch + problem.packed  # the packed rows without a sequence count as one more
     values = common(problem, q, k, v, bias) | named_strides({"g": dout})
@@ -240,7 +246,9 @@ def _prepare_backward(
             programs = _tiles(problem.seqlen_q, tiles.block_m) * heads * sequences
             return Launch(dq_kernel, programs, tiles.options(), own_dq | _blocks(tiles))
 
-        launches["dq"] = _with_tiles(dq_kernel, by_queries, configs.dq_config(arch, *shape), own_dq, problem)
+        launches["dq"] = _with_tiles(
+            dq_kernel, by_queries, configs.dq_config(arch, *shape, tf32), own_dq, problem
+        )
     if dk is not None or dv is not None:
         own_dkdv = values | offsets | named_strides({"dk": dk, "dv": dv})
         own_dkdv |= {"num_heads": kv_heads, "GROUPED": heads > kv_heads}
@@ -251,7 +259,7 @@ def _prepare_backward(
             return Launch(dkdv_kernel, programs, tiles.options(), own_dkdv | _blocks(tiles))
 
         launches["dkdv"] = _with_tiles(
-            dkdv_kernel, by_keys, configs.dkdv_config(arch, *shape), own_dkdv, problem
+            dkdv_kernel, by_keys, configs.dkdv_config(arch, *shape, tf32), own_dkdv, problem
         )
     config = configs.bias_config(arch, *shape)
     block = config.block_m
@@ -270,22 +278,22 @@ def _prepare_backward(
         launches["diagonals"] = Launch(dbias_kernel, programs, config.options(), values | own)
         joined = {"seqlen_q": problem.seqlen_q, "seqlen_k": problem.seqlen_k, "BLOCK": block}
         programs = heads * _tiles(drelative_bias[0][1], block)
-        launches["join"] = Launch(join_diagonals_kernel, programs, _ONE_WARP.options(), joined)
+        launches["join"] = Launch(join_diagonals_kernel, programs, configs.ONE_WARP.options(), joined)
     return _Backward(**launches)
 
 
 def _prepare_delta(problem: AttentionProblem, out: Layout, dout: Layout, align: int) -> Launch:
     sequences, rows = (1, problem.total_q) if problem.packed else (problem.batch, problem.seqlen_q)
-    programs = _tiles(rows, _DELTA_TILES.block_m) * problem.num_heads * sequences
+    programs = _tiles(rows, configs.DELTA_TILES.block_m) * problem.num_heads * sequences
     values = named_strides({"o": out, "g": dout}) | {
         "num_heads": problem.num_heads,
         "num_rows": rows,
         "HEAD_DIM_V": problem.head_dim_v,
-        "BLOCK_M": _DELTA_TILES.block_m,
+        "BLOCK_M": configs.DELTA_TILES.block_m,
         "BLOCK_DV": configs.padded_dim(problem.head_dim_v),
         "ALIGN": align,
     }
-    return Launch(delta_kernel, programs, _DELTA_TILES.options(), values)
+    return Launch(delta_kernel, programs, configs.DELTA_TILES.options(), values)
 
 
 def backward(
@@ -303,7 +311,7 @@ def backward(
     dq, dk, dv, dbias, drelative_bias = gradients
     plan = _prepare_backward(
         problem, layout(q), layout(k), layout(v), layout(out), layout(dout), tuple(map(layout, gradients)),
-        layout(inputs.bias), precision(problem.dtype), arch,
+        layout(inputs.bias), precision(problem.dtype, arch), arch,
     )  # fmt: skip
     delta = None
     if plan.delta is not None:
@@ -349,3 +357,4 @@ def forget() -> None:
     """Drop what was prepared: for tests that put something in a kernel's place."""
     _prepare_forward.cache_clear()
     _prepare_backward.cache_clear()
+    prepared.forget()

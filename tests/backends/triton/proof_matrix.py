@@ -37,6 +37,7 @@ FEATURES = {
     "ALiBi": lambda c: c.alibi is not None,
     "softcap": lambda c: "softcap" in c.options,
     "dropout": lambda c: "dropout_p" in c.options,
+    "seed on the device": lambda c: torch.is_tensor(c.options.get("seed")),
     "gradient through lse": lambda c: c.use_lse,
     "few queries, many keys": _decoding,
     "head_dim 128": lambda c: c.head_dim == 128,
@@ -46,6 +47,7 @@ FEATURES = {
     ),
     "rows without 16-byte alignment": lambda c: c.layout == "sliced",
 }
+TF32 = "TF32 (float32_matmul_precision)"
 ONLY_BACKWARD = ("gradient of bias", "gradient of relative_bias", "gradient through lse")
 ONLY_FORWARD = ("few queries, many keys",)
 
@@ -60,6 +62,14 @@ def places() -> dict[str, list]:
     spec.loader.exec_module(interpreted)
     simulated = [*simulated_cases.QUICK.values(), *simulated_cases.SLOW.values()]
     return {"I": interpreted.every_case(), "80": simulated, "90": simulated}
+
+
+def _tf32_row() -> str:
+    import simulated_cases
+
+    ran = simulated_cases.TF32.values()
+    cells = ["80 90" if any(c.wanted or not backward for c in ran) else "–" for backward in (False, True)]
+    return f"| {TF32} |  |  |  |  | {' | '.join(cells)} |"
 
 
 def table() -> str:
@@ -88,7 +98,7 @@ def table() -> str:
                     or "–"
                 )
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, _tf32_row()]) + "\n"
 
 
 def documented() -> str:

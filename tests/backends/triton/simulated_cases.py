@@ -11,6 +11,10 @@ def case(dtype=torch.float16, lengths=((70, 83),), head_dim=64, **fields):
     return Case(dtype=dtype, lengths=lengths, kv_heads=1, head_dim=head_dim, head_dim_v=head_dim, **fields)
 
 
+SEED_ON_DEVICE = torch.tensor([12345678912345])
+"""By its shape: see doubles.py."""
+
+
 QUICK = {
     "fp16-plain": case(),
     "bf16-causal-gqa": case(torch.bfloat16, options={"causal": True}, group=2),
@@ -33,6 +37,7 @@ _IN_FP16 = {
     "wide-dropout": dict(lengths=((40, 150),), head_dim=128, options=DROPOUT),
     "wide-relative_bias": dict(head_dim=128, relative_bias=True, wanted=(*BIASES[:3], "relative_bias")),
     "widest": dict(lengths=((35, 40),), head_dim=256, options={"causal": True}),
+    "seed-on-device": dict(lengths=((40, 150),), options={"dropout_p": 0.3, "seed": SEED_ON_DEVICE}),
     "misaligned": dict(lengths=((35, 40),), layout="sliced"),
     "packed-everything": dict(
         lengths=((37, 40), (20, 9)), packed=True, group=2, bias=(True, True, True, True), relative_bias=True,
@@ -51,4 +56,12 @@ SLOW = {
         torch.float32, lengths=((35, 40),), relative_bias=True, wanted=(*BIASES[:3], "relative_bias")
     ),
     "fp32-decode": case(torch.float32, lengths=((1, 1100),), group=4, wanted=()),
+}
+
+# In float32 where torch allows TF32, which has float16's bits: drawn and judged as float16.
+TF32 = {
+    "plain": case(lengths=((35, 40),)),
+    "causal-gqa": case(lengths=((70, 83),), options={"causal": True}, group=2),
+    "wide": case(lengths=((35, 70),), head_dim=128),
+    "decode": case(lengths=((1, 1100),), group=4, wanted=()),
 }

@@ -9,11 +9,11 @@ import re
 
 import pytest
 import torch
+from doubles import Recorder, launch_module, of_launch
 from ptxsim import PtxError, compile_triton, launch_triton, why_no_triton
 
 pytestmark = pytest.mark.skipif(why_no_triton() is not None, reason=str(why_no_triton()))
 
-OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion"}
 WRITTEN = {"forward_kernel": ("p_out", "p_lse"), "dq_kernel": ("p_dq",), "dkdv_kernel": ("p_dk", "p_dv")}
 
 
@@ -39,20 +39,10 @@ FAULTS = {
 }
 
 
-class Recorder:
-    """Takes a kernel's place in launch.py and keeps what it would be launched with."""
-
-    def __init__(self, kernel, launches):
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid):
-        return lambda **arguments: self.launches.append((self.kernel, grid, arguments))
-
-
 @pytest.fixture
 def launches(monkeypatch):
     """Of one causal forward and backward pass for an architecture, by the name of the kernel."""
-    launch = importlib.import_module("fastattn.backends.triton.launch")
+    launch = launch_module()
     problem = importlib.import_module("fastattn.problem")
     gradients = importlib.import_module("fastattn.backends").Gradients
 
@@ -95,9 +85,7 @@ def run(compiled, arguments, grid, written, ptx=None):
 def planted(launches, arch, kernel, most=4):
     """Of each fault: (places tried, descriptions of those that went unnoticed)."""
     function, grid, given = launches(arch)[kernel]
-    options = {name: given[name] for name in OPTIONS & given.keys()}
-    constexprs = {name: value for name, value in given.items() if name.isupper()}
-    arguments = {n: value for n, value in given.items() if not n.isupper() and n not in OPTIONS}
+    arguments, constexprs, options = of_launch(given)
     compiled = compile_triton(function, arguments, arch, constexprs=constexprs, **options)
     ptx = compiled.asm["ptx"]
     right = run(compiled, arguments, grid, WRITTEN[kernel])

@@ -2,6 +2,7 @@
 
 import importlib
 
+import doubles
 import fake_cuda
 import oracle
 import pytest
@@ -30,6 +31,18 @@ SLOW = {
     "fp32": case(torch.float32, options={"window": (9, 4), "softcap": 5.0, "scale": -0.2}),
     "sliced": case(lengths=((35, 40),), layout="sliced"),
 }  # fmt: skip
+
+
+class Operations(TorchDispatchMode):
+    """Names every operation that torch is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
 
 
 def test_arguments_arrive(fake, poisoned):
@@ -69,6 +82,69 @@ def test_one_kernel_serves_every_length_stride_and_seed(fake):
     assert device.kernels == ["forward_kernel"]
 
 
+@pytest.fixture
+def through_the_jit(monkeypatch):
+    """The names of the kernels whose launches went through Triton's JIT."""
+    launch, names = doubles.launch_module(), []
+    for name in doubles.KERNELS:
+        kernel = getattr(launch, name)
+        original = kernel.run
+
+        def run(*args, name=name, original=original, **kwargs):
+            names.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(kernel, "run", run)
+    return names
+
+
+def test_a_growing_sequence_compiles_nothing_anew(fake, through_the_jit):
+    """Decoding: the keys grow, and with them the number of shares that they are split into."""
+    device = fake(80, simulate=False)
+    q = torch.randn(1, 4, 1, 64).half()
+    for rows in range(490, 3000, 45):
+        k = torch.randn(1, 1, rows, 64).half()
+        fastattn.attention(q, k, k, causal=True, backend="triton")
+    # Not split while the keys are few; and one that writes parts, which are merged.
+    assert device.kernels == ["forward_kernel", "forward_kernel", "merge_kernel"]
+    assert through_the_jit == device.kernels
+
+
+def test_packed_batches_of_any_total_compile_nothing_anew(fake, through_the_jit):
+    device = fake(80, simulate=False)
+    for rows in (40, 97, 130, 1025):
+        q = torch.randn(rows, 1, 64).half().requires_grad_()
+        offsets = torch.tensor([0, 30, rows], dtype=torch.int32)
+        fastattn.varlen_attention(q, q, q, offsets, backend="triton").sum().backward()
+    assert device.kernels == ["forward_kernel", "delta_kernel", "dq_kernel", "dkdv_kernel"]
+    assert through_the_jit == device.kernels
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_a_seed_drawn_on_the_device_stays_there(arch, fake, monkeypatch):
+    """Dropout without a seed, forward and backward: the kernels read what torch drew."""
+    device = fake(arch)
+    monkeypatch.setattr(doubles.launch_module(), "_read_in_kernels", lambda seed: True)
+    q, k, v = (torch.randn(1, 1, 40, 64).half().requires_grad_() for _ in range(3))
+    with Operations() as seen:
+        out = fastattn.attention(q, k, v, dropout_p=0.3, backend="triton")
+        found = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    assert "_local_scalar_dense" not in seen.names  # which waits for a GPU's value
+    seeds = {
+        name: int(x)
+        for name, _, arguments, _ in device.launches
+        for x in arguments
+        if torch.is_tensor(x) and x.dtype == torch.int64
+    }
+    assert list(seeds) == ["forward_kernel", "dq_kernel", "dkdv_kernel"]
+    (seed,) = set(seeds.values())
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    expected = fastattn.attention(*exact, dropout_p=0.3, seed=seed, backend="reference")
+    torch.testing.assert_close(out.double(), expected, atol=4e-3, rtol=1e-2)
+    for a, b in zip(found, torch.autograd.grad(expected, exact, torch.ones_like(expected)), strict=True):
+        torch.testing.assert_close(a.double(), b, atol=2e-2, rtol=1e-2)
+
+
 def test_stages_that_do_not_fit_are_given_up(fake, monkeypatch, caplog):
     """A part with less shared memory than its configuration takes computes all the same, and says so."""
     configs = importlib.import_module("fastattn.backends.triton.configs")
@@ -81,18 +157,6 @@ def test_stages_that_do_not_fit_are_given_up(fake, monkeypatch, caplog):
     torch.testing.assert_close(out.double(), expected, atol=2e-3, rtol=1e-2)
     assert device.kernels == ["forward_kernel"]
     assert "runs with 4 pipeline stages instead of 5, which would take" in caplog.text
-
-
-class Operations(TorchDispatchMode):
-    """Names every operation that torch is asked for."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(function.overloadpacket.__name__)
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(("rows", "workspace"), [(100, []), (1, ["new_empty", "new_empty"])])

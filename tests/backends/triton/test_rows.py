@@ -4,8 +4,8 @@ import importlib
 
 import pytest
 import torch
+from doubles import SimulatedKernel
 from ptxsim import why_no_triton
-from test_simulated import SimulatedKernel
 
 from fastattn.backends.triton import sass
 from fastattn.hf import packing

@@ -5,72 +5,15 @@ Every run checks bounds, alignment, uninitialised reads and races between warps;
 float64 reference.
 """
 
-import importlib
-
 import oracle
 import pytest
-from ptxsim import compile_triton, launch_triton, why_no_triton
-from simulated_cases import QUICK, SLOW
+import torch
+from ptxsim import why_no_triton
+from simulated_cases import QUICK, SLOW, TF32
 
-from fastattn import dispatch
+import fastattn
 
 pytestmark = pytest.mark.skipif(why_no_triton() is not None, reason=str(why_no_triton()))
-
-OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion"}
-
-
-class SimulatedKernel:
-    """Takes a kernel's place in launch.py: compiles for `arch` and runs the PTX on CPU tensors."""
-
-    def __init__(self, kernel, arch, runs):
-        self.kernel, self.arch, self.runs = kernel, arch, runs
-
-    def __getitem__(self, grid):
-        return lambda **arguments: self.run(grid, arguments)
-
-    def run(self, grid, arguments):
-        options = {name: arguments.pop(name) for name in OPTIONS & arguments.keys()}
-        constexprs = {name: value for name, value in arguments.items() if name.isupper()}
-        rest = {name: value for name, value in arguments.items() if not name.isupper()}
-        # What a kernel doesn't take here is what another one of the same launch does.
-        compiled = compile_triton(self.kernel, rest, self.arch, constexprs=constexprs, **options)
-        report = launch_triton(compiled, rest, grid=grid)
-        self.runs.append((self.kernel.fn.__name__, compiled, report))
-
-
-@pytest.fixture
-def simulate(monkeypatch):
-    """simulate(arch) makes backend="triton" run on CPU tensors in the simulator.
-
-    Gives the list of its runs.
-    """
-
-    def install(arch):
-        launch = importlib.import_module("fastattn.backends.triton.launch")
-        module = importlib.import_module("fastattn.backends.triton.backend")
-        runs = []
-        for name in (
-            "forward_kernel",
-            "merge_kernel",
-            "delta_kernel",
-            "dq_kernel",
-            "dkdv_kernel",
-            "dbias_kernel",
-            "join_diagonals_kernel",
-        ):
-            monkeypatch.setattr(launch, name, SimulatedKernel(getattr(launch, name), arch, runs))
-        backend = module.TritonBackend()
-        monkeypatch.setattr(module, "interpreting", lambda: True)
-        monkeypatch.setattr(backend, "_device", lambda device: (arch, 4))
-        monkeypatch.setattr(backend, "_status", None)
-        monkeypatch.setattr(backend, "_asked", True)
-        monkeypatch.setitem(dispatch._backends, "triton", backend)
-        monkeypatch.setattr(dispatch, "_chosen", {})
-        launch.forget()
-        return runs
-
-    yield install
-    importlib.import_module("fastattn.backends.triton.launch").forget()
 
 
 def kernels_of(runs):
@@ -96,3 +39,35 @@ def test_attention(name, arch, simulate, poisoned):
 def test_feature(name, arch, simulate, poisoned):
     simulate(arch)
     oracle.check(SLOW[name], "triton")
+
+
+@pytest.fixture
+def tf32_allowed():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    ("arch", "name"),
+    [
+        pytest.param(arch, name, marks=[] if name == "plain" else pytest.mark.slow)
+        for arch in (80, 90)
+        for name in TF32
+    ],
+)
+def test_tf32(arch, name, simulate, poisoned, tf32_allowed):
+    """Numbers that float16 holds, and TF32 with as many bits, held to what is asked of float16."""
+    runs = simulate(arch)
+    oracle.check(TF32[name], "triton", given_as=torch.float32)
+    for kernel, compiled, _ in runs:
+        assert (".tf32" in compiled.asm["ptx"]) == (kernel not in ("delta_kernel", "merge_kernel"))
+
+
+def test_float32_is_exact_unless_torch_allows_otherwise(simulate):
+    runs = simulate(80)
+    q = torch.randn(1, 1, 20, 16)
+    fastattn.attention(q, q, q, backend="triton")
+    ((_, compiled, _),) = runs
+    assert ".tf32" not in compiled.asm["ptx"]

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from doubles import Recorder
 
 import fastattn
 from fastattn.backends import Gradients
@@ -106,7 +107,7 @@ def test_few_queries_share_a_tile_with_their_group():
     q, k = torch.randn(1, 8, 1, 16), torch.randn(1, 2, 300, 16)
     inputs = fastattn.problem.AttentionInputs(q, k, k)
     problem = problem_of(inputs, (False, 0.25, -1, -1, 0.0, 0.0, 0, 0), False)
-    config, fold_heads, splits = launch.plan_forward(problem, configs.INTERPRETER, 132)
+    config, fold_heads, splits = launch.plan_forward(problem, configs.INTERPRETER, 132, "ieee")
     assert fold_heads
     assert splits == 1  # 300 keys are too few to share out
     assert config.block_m == 16
@@ -150,15 +151,8 @@ def test_understated_max_seqlen_gives_nan_where_they_cannot(monkeypatch):
 def test_only_wanted_gradients_are_launched(monkeypatch, prepared_anew):
     launched = []
 
-    class Recorder:
-        def __init__(self, name):
-            self.name = name
-
-        def __getitem__(self, grid):
-            return lambda **arguments: launched.append((self.name, arguments))
-
     for name in ("delta_kernel", "dq_kernel", "dkdv_kernel", "dbias_kernel", "join_diagonals_kernel"):
-        monkeypatch.setattr(launch, name, Recorder(name))
+        monkeypatch.setattr(launch, name, Recorder(getattr(launch, name), launched))
     q = torch.randn(1, 1, 8, 16)
     inputs = fastattn.problem.AttentionInputs(q, q, q)
     problem = fastattn.problem.describe(inputs, (False, 0.25, -1, -1, 0.0, 0.0, 0, 0), True)
@@ -167,11 +161,11 @@ def test_only_wanted_gradients_are_launched(monkeypatch, prepared_anew):
     def kernels(**wanted):
         launched.clear()
         launch.backward(problem, inputs, q, lse, q, None, Gradients(**wanted), configs.INTERPRETER)
-        return [name for name, _ in launched]
+        return [kernel.fn.__name__ for kernel, _, _ in launched]
 
     assert kernels(dq=q) == ["delta_kernel", "dq_kernel"]
     assert kernels(dv=q) == ["dkdv_kernel"]  # no delta: dv needs the weights alone
-    assert launched[0][1]["WANT_DK"] is False
+    assert launched[0][2]["WANT_DK"] is False
     assert kernels(dk=q) == ["delta_kernel", "dkdv_kernel"]
-    assert launched[1][1]["WANT_DV"] is False
+    assert launched[1][2]["WANT_DV"] is False
     assert kernels(dbias=torch.empty(1, 1, 8, 8)) == ["delta_kernel", "dbias_kernel"]

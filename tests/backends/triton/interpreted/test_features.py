@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from oracle import Case
+from simulated_cases import SEED_ON_DEVICE
 
 ODD = ((37, 70),)
 BIASED = ("q", "k", "v", "bias")
@@ -38,6 +39,7 @@ FEATURES = {
     "alibi": Case(lengths=ODD, alibi="batch", options={"causal": True}),
     "softcap": Case(lengths=ODD, options={"softcap": 3.0}),
     "dropout": Case(lengths=((37, 150),), options={"dropout_p": 0.4, "seed": 2**63 + 5}),
+    "seed-on-device": Case(lengths=((37, 70),), options={"dropout_p": 0.4, "seed": SEED_ON_DEVICE}),
     "negative-scale": Case(lengths=ODD, options={"scale": -0.3}),
     "zero-scale": Case(lengths=ODD, options={"scale": 0.0}),
     "dims": Case(lengths=((33, 33),), head_dim=40, head_dim_v=96),

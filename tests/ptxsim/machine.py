@@ -17,12 +17,14 @@ from .operands import Operands
 from .parser import Not
 from .report import Report
 from .shared import SharedMemory
+from .wgmma_registers import WgmmaRegisters
 
-RUN, YIELDED, AT_BARRIER, AT_WARP, AT_MBARRIER, EXITED = range(6)
+RUN, YIELDED, AT_BARRIER, AT_WARP, AT_MBARRIER, AT_REGISTERS, EXITED = range(7)
 WAITS = {
     AT_BARRIER: "at a barrier",
     AT_WARP: "for the rest of its warp",
     AT_MBARRIER: "for an mbarrier phase",
+    AT_REGISTERS: "for registers that others of their block would have to give",
 }
 RESCHEDULE = -1
 SPIN_LIMIT = 16
@@ -65,7 +67,8 @@ class Machine:
         self.local = np.empty(self.threads * max(layout.local_size, 1), np.uint8)
         self.report = report or Report(kernel)
         self.hooks_exit, self.hooks_reset, self.hooks_stuck = [], [], []
-        self.barriers = np.zeros((blocks, 16), np.int64)
+        uses_wgmma = any(instr.op == "wgmma" for instr in kernel.instrs)
+        self.wgmma_registers = WgmmaRegisters(self) if uses_wgmma else None
         self.code = self._bind()
 
     # --- what handlers use -------------------------------------------------------------------------------------
@@ -280,7 +283,6 @@ class Machine:
         self.operands.reset()
         self.shared.reset()
         self.local[:] = 0xFF
-        self.barriers[:] = 0
         for hook in self.hooks_reset:
             hook()
         for axis, values in zip("xyz", self._unravel(self.block_ids, self.grid), strict=True):
@@ -314,6 +316,8 @@ class Machine:
         if instr.op == "bra":
             return bind_branch(self, instr, index)
         body = bind(self, instr, index)
+        if self.wgmma_registers is not None and instr.op != "wgmma":
+            body = self.wgmma_registers.watch(instr, body)
         if instr.guard is None:
             return body
         negate = isinstance(instr.guard, Not)

@@ -15,7 +15,7 @@ from .memory import as_numpy
 BYTES = 128
 ELEMENT_BYTES = (1, 2, 4, 4, 8, 8, 2, 4, 4, 8, 2, 4, 4)
 ELEMENT_CODES = {"uint8": 0, "uint16": 1, "uint32": 2, "int32": 3, "uint64": 4, "int64": 5, "float16": 6, "float32": 7,
-                 "float64": 9}  # fmt: skip
+                 "float64": 9, "bfloat16": 10}  # fmt: skip
 SWIZZLE_CODES = {0: 0, 32: 1, 64: 2, 128: 3}
 SWIZZLE_WIDTH = (16, 32, 64, 128)
 # field: (offset, struct code, how many)
@@ -52,6 +52,9 @@ class TensorMap:
             raise LaunchError(
                 f"a box's row is {inner} bytes: a multiple of 16, at most the swizzle's {self.swizzle}"
             )
+        kind = str(self.array.dtype).removeprefix("torch.")  # numpy knows no bfloat16
+        if self.fill_nan and "float" not in kind:
+            raise LaunchError(f"a tensor map of {kind} can't be filled with NaN")
         raw = bytearray(BYTES)
 
         def put(name, values):
@@ -60,7 +63,7 @@ class TensorMap:
 
         put("global_address", [address])
         put("rank", [a.ndim - 1])
-        put("elemtype", [ELEMENT_CODES[str(a.dtype)]])
+        put("elemtype", [ELEMENT_CODES[kind]])
         put("swizzle_mode", [SWIZZLE_CODES[self.swizzle]])
         put("fill_mode", [int(self.fill_nan)])
         put("global_dim", a.shape[::-1])

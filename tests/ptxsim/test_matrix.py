@@ -192,11 +192,12 @@ CASES = [  # width, K-major, leading and stride offsets of a 64 x 16 tile
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("typ", ["f16", "bf16"])
 @pytest.mark.parametrize("a_in_registers", [False, True])
 @pytest.mark.parametrize(("width", "k_major", "lead", "stride"), CASES)
-def test_wgmma(width, k_major, lead, stride, a_in_registers):
-    a_codes, a = codes(RNG.standard_normal((64, 16)).astype(np.float32), "f16")
-    b_codes, b = codes(RNG.standard_normal((64, 16)).astype(np.float32), "f16")
+def test_wgmma(width, k_major, lead, stride, a_in_registers, typ):
+    a_codes, a = codes(RNG.standard_normal((64, 16)).astype(np.float32), typ)
+    b_codes, b = codes(RNG.standard_normal((64, 16)).astype(np.float32), typ)
     image = np.zeros((2, 8192), np.uint8)  # an unused byte may be any number: both images start as zeros
     for slot, matrix in enumerate((a_codes, b_codes)):
         for at, code in place(matrix, width, k_major, lead, stride).items():
@@ -204,7 +205,7 @@ def test_wgmma(width, k_major, lead, stride, a_in_registers):
     fragments = np.zeros((128, 8), np.uint16)
     for thread in range(128):
         for i in range(8):
-            row, column = a_element("f16", 16, thread % 32, i)
+            row, column = a_element(typ, 16, thread % 32, i)
             fragments[thread, i] = a_codes[16 * (thread // 32) + row, column]
     acc = "{" + ", ".join(f"%f{i}" for i in range(32)) + "}"
     first = "{%r100, %r101, %r102, %r103}" if a_in_registers else "%d1"
@@ -229,8 +230,8 @@ def test_wgmma(width, k_major, lead, stride, a_in_registers):
         {" ".join(f"mov.f32 %f{i}, 0f3F800000;" for i in range(32))}
         mov.pred %p1, 1;
         wgmma.fence.sync.aligned;
-        wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {acc}, {first}, %d2, 0, {flags};
-        wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {acc}, {first}, %d2, %p1, {flags};
+        wgmma.mma_async.sync.aligned.m64n64k16.f32.{typ}.{typ} {acc}, {first}, %d2, 0, {flags};
+        wgmma.mma_async.sync.aligned.m64n64k16.f32.{typ}.{typ} {acc}, {first}, %d2, %p1, {flags};
         wgmma.commit_group.sync.aligned;
         wgmma.wait_group.sync.aligned 0;
         mad.lo.u64 %at2, %wide, 128, %ptr2;

@@ -59,6 +59,30 @@ def test_votes_and_match():
     assert total.tolist() == np.repeat(x.reshape(2, 32).sum(1), 32).tolist()
 
 
+def test_elect():
+    """One lane of those in the mask, the same that all of them learn of."""
+    x = np.zeros(64, np.uint32)
+    code = "elect.sync %r1|%p1, MASK; selp.b32 %r2, 0x100, 0, %p1; or.b32 %0, %r1, %r2;"
+    for mask in (0xFFFFFFFF, 0xF0F0):
+        found = elementwise(code.replace("MASK", f"{mask:#x}"), np.uint32, x).reshape(2, 32)
+        inside = [lane for lane in range(32) if mask >> lane & 1]
+        for warp in found:
+            assert (warp >> 8).sum() == 1
+            leader = int(np.flatnonzero(warp >> 8)[0])
+            assert leader in inside
+            assert (warp[inside] & 0xFF == leader).all()
+
+
+def test_elect_waits_for_its_members():
+    """Half the warp comes late; what one thread elected writes is there once. A member that never comes hangs."""
+    out = np.zeros(1, np.uint32)
+    body = "setp.lt.u32 %p1, %tid, 16; @%p1 bra A; mov.u32 %r1, 7; A: elect.sync _|%p2, -1; @%p2 atom.global.add.u32 %r2, [%ptr0], 1;"
+    run(body, out)
+    assert out[0] == 1
+    with pytest.raises(Deadlock, match="16 threads wait for the rest of its warp"):
+        run("setp.lt.u32 %p1, %tid, 16; @%p1 bra A; bar.warp.sync -1; bra END; A: elect.sync _|%p2, -1; END:")
+
+
 def test_divergent_loops_reconverge():
     x = RNG.integers(0, 40, 96).astype(np.uint32)
     code = """

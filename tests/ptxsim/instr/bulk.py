@@ -128,7 +128,9 @@ def _load(machine, instr, index, dimensions):
             side = plan(thread)
             block = int(machine.block_of[thread])
             addr = int(barrier(np.array([thread]))[0])
-            obj = state.find(block, addr, instr)
+            one = np.array([thread])
+            machine.shared.note_read(machine.shared.offsets(np.array([addr]), 8, one, instr), 8, one, instr)
+            obj = state.use_by_copy(block, addr, instr)
             data = np.zeros(len(side.off), f"V{side.element}")
             if side.nan:
                 data[:] = np.full(1, _nan(side.element)).view(data.dtype)

@@ -1,4 +1,4 @@
-"""bra, ret, exit, trap, and what has no effect on results: nanosleep, prefetch, setmaxnreg, griddepcontrol."""
+"""bra, ret, exit, trap, and what has no effect on results: nanosleep, prefetch, griddepcontrol."""
 
 import numpy as np
 
@@ -56,7 +56,7 @@ def trap(machine, instr, mods, index):
     return run
 
 
-@handles("nanosleep", "prefetch", "prefetchu", "griddepcontrol", "setmaxnreg", "applypriority", "discard")
+@handles("nanosleep", "prefetch", "prefetchu", "griddepcontrol", "applypriority", "discard")
 def nothing(machine, instr, mods, index):
-    """Timing or hints only. Register reallocation has no effect here, since registers are unlimited."""
+    """Timing or hints only."""
     return lambda: None

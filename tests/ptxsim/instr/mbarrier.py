@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import access
 from ..decode import handles
-from ..errors import MemoryFault, PtxError, UnsupportedInstruction
+from ..errors import MemoryFault, PtxError, RaceFault, UnsupportedInstruction
 from ..parser import SINK, Reg
 
 
@@ -25,6 +25,10 @@ class Object:
     tx: int = 0
     phase: int = 0
     late: list = field(default_factory=list)
+    # Who initialised it, when, and whether that thread made it visible to copies.
+    thread: int = 0
+    clock: int = 0
+    fenced: bool = False
     waiting: list = field(default_factory=list)
 
 
@@ -50,6 +54,23 @@ class MBarriers:
                 f"{-obj.pending} more arrivals than the {obj.expected} this mbarrier expects", instr
             )
         self.advance(obj)
+
+    def fence_init(self, threads):
+        """fence.mbarrier_init by these threads: each one's own barriers become visible to bulk copies."""
+        for obj in self.objects.values():
+            obj.fenced |= obj.thread in threads
+
+    def use_by_copy(self, block, addr, instr):
+        """The object that a bulk copy will arrive on, which must be visible to it."""
+        obj, races = self.find(block, addr, instr), self.machine.shared.races
+        warp = self.machine.warp_of[obj.thread]
+        if races.enabled and not obj.fenced and races.fenced[block, warp] < obj.clock:
+            raise RaceFault(
+                f"the mbarrier at {addr:#x} was initialised by {self.machine.thread_name(obj.thread)}; neither "
+                "fence.mbarrier_init nor fence.proxy.async makes that visible to this copy",
+                instr,
+            )
+        return obj
 
     def complete_tx(self, obj, count, clock):
         """An asynchronous copy of `count` bytes has arrived at the asynchronous agent's time `clock`."""
@@ -129,7 +150,8 @@ def mbarrier(machine, instr, mods, index):
             n = int(np.broadcast_to(count, machine.threads)[threads[0]])
             machine.shared.store(off[:1], 8, threads[:1], np.zeros(1, np.uint64), index, instr)
             known = np.zeros(machine.warps + 1, np.int64)
-            state.objects[block, addr] = Object(n, n, known, known.copy())
+            obj = state.objects[block, addr] = Object(n, n, known, known.copy(), thread=int(threads[0]))
+            obj.clock = int(machine.shared.races.clock[block, machine.warp_of[obj.thread]])
 
     def invalidate():
         for block, addr, threads, off in each():

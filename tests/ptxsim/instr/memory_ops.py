@@ -8,6 +8,7 @@ from ..errors import UnsupportedInstruction
 from ..operands import NUMPY
 from ..parser import Vec, type_bytes
 from . import half
+from .mbarrier import mbarriers
 
 STRONG = ("volatile", "relaxed", "acquire", "release", "acq_rel", "mmio")
 SCOPES = ("cta", "cluster", "gpu", "sys")
@@ -192,7 +193,10 @@ def _turns(addr):
 
 @handles("fence", "membar")
 def fence(machine, instr, mods, index):
-    """Order between threads comes from barriers; only a proxy fence changes what is tracked."""
+    """Order between threads comes from barriers; what is tracked is what asynchronous copies can see."""
+    if "mbarrier_init" in mods.left:
+        barriers = mbarriers(machine)
+        return lambda: barriers.fence_init(machine.active())
     if "proxy" not in mods.left or not any(m.startswith("async") for m in mods.left):
         return lambda: None
     warps = machine.warps

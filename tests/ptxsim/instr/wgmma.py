@@ -34,7 +34,7 @@ def wgmma(machine, instr, mods, index):
         return collective(machine, index, _Product(machine, instr, mods, state, index), span=GROUP)
     mods.done()
     if kind == "fence":
-        return lambda: None
+        return collective(machine, index, machine.wgmma_registers.fence)
     if kind == "commit_group":
         return state.groups.commit
     pending = instr.operands[0].value
@@ -100,6 +100,8 @@ class _InFlight:
                 np.copyto(machine.operands.registers[name].view(np.float32), values, where=done)
             known.flying &= ~done
         self.reads.wait(pending)
+        warps = machine.active_warps()
+        machine.wgmma_registers.wait(warps, self.groups.committed[warps * 32] - pending)
 
 
 class _Product:
@@ -155,6 +157,8 @@ class _Product:
         leaders = m.active_warps()[::4] * 32
         threads = (leaders[:, None] + np.arange(GROUP)).reshape(-1)
         groups = len(leaders)
+        warps = (leaders[:, None] // 32 + np.arange(4)).reshape(-1)
+        m.wgmma_registers.issue(self.instr, self.n, warps, self.state.groups.current(warps * 32))
         b = self._matrix(self.b, self.n, self.transpose_b, leaders)
         a = (
             self._fragments(threads)

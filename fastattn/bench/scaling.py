@@ -78,7 +78,6 @@ def extra_bytes(
     group: query heads that share a key head.
     """
     found: list[int] = []
-    threads_before = torch.get_num_threads()
 
     def run(rows: int) -> None:
         torch.set_num_threads(1)
@@ -96,12 +95,15 @@ def extra_bytes(
         lse_bytes = 4 * heads * rows
         found.append(peak_rss() - before - lse_bytes - sum(x.nbytes for x in results))
 
-    for rows in (256, length):  # the first loads what every call needs
-        found.clear()
-        thread = threading.Thread(target=run, args=(rows,))  # its workspace begins and ends with it
-        thread.start()
-        thread.join()
-    torch.set_num_threads(threads_before)  # the thread's setting was everyone's
+    threads = torch.get_num_threads()
+    try:
+        for rows in (256, length):  # the first loads what every call needs
+            found.clear()
+            thread = threading.Thread(target=run, args=(rows,))  # its workspace begins and ends with it
+            thread.start()
+            thread.join()
+    finally:
+        torch.set_num_threads(threads)
     return found[0] if found else None
 
 

@@ -110,7 +110,17 @@ def begin(
     attends_here = model.config._attn_implementation == "fastattn" and not call.output_attentions
     call.prefix = prefix if attends_here else None
     call.refusal = _refusal(model, args, kwargs, call, family)
+    if family.drops_by_function and model.training and not torch.compiler.is_compiling():
+        _say_who_drops(model)
     return call
+
+
+def _say_who_drops(model: nn.Module) -> None:
+    if getattr(model.config, "dropout", 0.0) > 0.0:
+        log_once(
+            f"dropout of hidden states in {model.config.model_type} is torch's, on a CPU serial and with a "
+            "stored mask: the model calls a function where others have modules"
+        )
 
 
 def _refusal(model: nn.Module, args: tuple, kwargs: dict, call: Call, family: Family) -> str | None:

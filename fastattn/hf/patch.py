@@ -19,7 +19,7 @@ from . import decoder, encoder, first_token, seq2seq, vision
 from .call import EnterHead, LeaveHead, Options
 from .families import EncoderFamily, Family, Reads, VisionFamily, find_family, forward_parameters, supported
 from .families.own_attention import OwnAttentionFamily, restore_attentions
-from .families.seq2seq import Seq2SeqReads, Stack
+from .families.stacks import Seq2SeqReads, Stack
 from .interface import NAME
 from .layers import ReplaceAdapters, replace_layers, restore_layers
 

@@ -20,7 +20,7 @@ from ..frozen import set_packing
 from .call import KEYWORD, Call, Options, argument, begin, pad_output, replace_arguments
 from .decoder import PER_TOKEN, pack_tokens, positions, uses_cache
 from .families import Reads, forward_parameters, relative
-from .families.seq2seq import Seq2SeqReads, Stack
+from .families.stacks import Seq2SeqReads, Stack
 from .packing import Layout, plan, whole
 
 _UNKNOWN = Seq2SeqReads(Reads.TOKENS, Reads.TOKENS)

@@ -1,6 +1,7 @@
 """Hidden-state dropout of patched models: the same whatever the padding, and distributed as unpatched."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -8,12 +9,26 @@ import torch
 pytest.importorskip("transformers")
 from seq2seq_zoo import run_seq2seq, seq2seq, sources, targets
 from torch import nn
-from zoo import ENCODERS, batch, build, decoder, deviation, labels_for, run, twin
+from zoo import (
+    ENCODERS,
+    ZOO,
+    batch,
+    build,
+    decoder,
+    deviation,
+    labels_for,
+    run,
+    specimen,
+    training_inputs,
+    twin,
+)
 
+from fastattn import log
 from fastattn.frozen.dropout import Dropout
 from fastattn.hf import patch, unpatch
 
 pytestmark = pytest.mark.usefixtures("cpu")
+FUNCTION = ("opt", "bart", "marian", "whisper")
 DROPOUT = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}
 
 
@@ -152,3 +167,19 @@ def test_modules_are_dropouts_and_come_back():
     unpatch(model)
     assert [name for name, module in model.named_modules() if type(module) is nn.Dropout] == names
     assert [name for name, module in copied.named_modules() if type(module) is Dropout] == names
+
+
+@pytest.mark.parametrize("family", [name for name in ZOO if ZOO[name].kind != "vision"])
+def test_who_calls_a_function_is_told(family, caplog, monkeypatch):
+    """BART's layers and OPT's have no module that could be replaced: said once, where they drop at all."""
+    monkeypatch.setattr(log, "_said", set())
+    inputs = training_inputs(family, padding="right")
+    for dropout in (0.0, 0.1):
+        model = specimen(family, dropout=dropout) if family in FUNCTION else specimen(family)
+        patch(model.train())
+        for _ in range(2):
+            model(**inputs)
+    told = sum("stored mask" in record.message for record in caplog.records)
+    assert told == (1 if family in FUNCTION else 0)
+    functional = "functional.dropout(hidden_states" in inspect.getsource(inspect.getmodule(type(model)))
+    assert functional == (family in FUNCTION)

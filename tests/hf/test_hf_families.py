@@ -30,7 +30,7 @@ from zoo import (
     twin,
 )
 
-from fastattn.hf import patch, unpatch
+from fastattn.hf import families, patch, unpatch
 from fastattn.hf.families import supported
 
 pytestmark = pytest.mark.skipif(BACKEND == "reference", reason="the native CPU library is not built")
@@ -277,6 +277,11 @@ def test_unpatch_leaves_nothing(name):
 
 def test_the_zoo_is_complete():
     assert set(ZOO) == set(supported())
+
+
+def test_what_is_known_of_a_family_is_little():
+    for file in Path(families.__file__).parent.glob("*.py"):
+        assert file.name == "__init__.py" or len(file.read_text().splitlines()) <= 150, file.name
 
 
 def _table() -> str:

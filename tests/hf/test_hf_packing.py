@@ -277,6 +277,7 @@ def test_another_attention_chosen_after_patch_wins(warnings):
     assert "attn_implementation was set to 'sdpa'" in warnings.text
 
 
+@pytest.mark.skipif(BACKEND == "reference", reason="autograd of the reference saves what it likes")
 def test_less_is_saved_for_backward():
     """Bytes of distinct storages held for backward, without parameters: at least padding's share goes."""
     inputs = batch("right", size=6, length=40)
@@ -303,7 +304,7 @@ def test_less_is_saved_for_backward():
 
     before = saved_bytes(model)
     after = saved_bytes(patch(model, backend=BACKEND))
-    assert BACKEND == "reference" or after <= share * before, (after, before, share)
+    assert after <= share * before, (after, before, share)
 
 
 def test_options_are_checked():

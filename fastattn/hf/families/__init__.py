@@ -41,6 +41,7 @@ class Family:
     attention: str  # path within a layer to the module that calls the attention function
     heads: tuple[tuple[str, Reads], ...]  # classes of models with a head, and what they read
     wrappers: tuple[str, ...] = ()  # classes around base that hand everything on to it
+    drops_by_function: bool = False  # hidden states, in the modeling code: no module that patch could replace
 
     @property
     def attends_to_encoder(self) -> bool:

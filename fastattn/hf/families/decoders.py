@@ -36,6 +36,7 @@ _OPT = DecoderFamily(
     layers="layers",
     attention="self_attn",
     counts_tokens=True,
+    drops_by_function=True,
     wrappers=("OPTModel",),
     heads=(("OPTForCausalLM", Reads.NEXT), ("OPTForSequenceClassification", Reads.LAST)),
 )

@@ -1,4 +1,4 @@
-"""torch.compile of patched models: unpatched gradients, and no graph break but where padding is counted."""
+"""torch.compile of patched models: the unpatched gradients, no graph break but where padding is counted."""
 
 import pytest
 import torch

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import simulated
 
 from fastattn import dispatch
+
+FOLDER = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items):
+    """A slow test may have to compile its part of the table first, minutes at head dimension 256."""
+    for item in items:
+        if item.path.parent == FOLDER and item.get_closest_marker("slow") is not None:
+            item.add_marker(pytest.mark.timeout(1800))
 
 
 @pytest.fixture(scope="session")
@@ -31,9 +42,8 @@ def simulate(library, monkeypatch):
         key = dims, types, variants
         if key not in devices:
             devices[key] = simulated.SimulatedCuda(library(*key))
-        devices[key].set_capability(
-            capability
-        )  # tests in one process share the library and what it remembers
+        # Tests in one process share the library and what it remembers.
+        devices[key].set_capability(capability)
         monkeypatch.setitem(dispatch._backends, "cpu", devices[key])
         monkeypatch.setattr(dispatch, "_chosen", {})
         return devices[key]

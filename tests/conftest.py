@@ -9,6 +9,19 @@ import torch
 
 from fastattn.dispatch import load
 
+SIMULATIONS = (
+    "tests/ptxsim/", "tests/backends/cuda/", "tests/backends/triton/test_simulated.py",
+    "tests/backends/triton/test_faults.py",
+)  # fmt: skip
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How long the simulated GPUs took: in `make test`, three minutes at most on two quiet cores."""
+    done = [*terminalreporter.stats.get("passed", ()), *terminalreporter.stats.get("failed", ())]
+    seconds = [report.duration for report in done if report.nodeid.startswith(SIMULATIONS)]
+    if seconds:
+        terminalreporter.write_line(f"{sum(seconds):.0f} s in {len(seconds)} tests of simulated GPUs")
+
 
 @pytest.fixture(autouse=True)
 def _fresh_randomness(request):

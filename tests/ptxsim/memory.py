@@ -5,6 +5,8 @@ write protection and initialisation together. Device addresses start far above 4
 32 bits, or a shared-memory address used as a global one, can't land in a buffer.
 """
 
+import copy
+
 import numpy as np
 
 from .errors import LaunchError, MemoryFault
@@ -79,6 +81,16 @@ class GlobalMemory:
             self._view(self.state, b, np.uint8, itemwise=True)[...] = mark
             if b.mode != "out":
                 self._view(self.data, b, b.array.dtype)[...] = b.array
+        self._views()
+
+    def copy(self):
+        """The same buffers with contents of their own, to run a launch again."""
+        copied = copy.copy(self)
+        copied.data, copied.state = self.data.copy(), self.state.copy()
+        copied._views()
+        return copied
+
+    def _views(self):
         self.words = {w: self.data.view(f"u{w}") for w in (1, 2, 4, 8)}
         self.rows = {w: self.data.reshape(-1, w) for w in (16, 32)}
 

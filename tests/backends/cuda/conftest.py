@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import simulated
 
 from fastattn import dispatch
+
+FOLDER = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items):
+    """A slow test may have to compile its part of the table first, minutes at head dimension 256."""
+    for item in items:
+        if item.path.parent == FOLDER and item.get_closest_marker("slow") is not None:
+            item.add_marker(pytest.mark.timeout(1800))
 
 
 @pytest.fixture(scope="session")

@@ -133,10 +133,14 @@ class SimulatedCuda(CudaBackend):
         return "".join(path.read_text() for path in sorted(set(self._ptx.values())))
 
     def text_of(self, name: str) -> str:
-        """The PTX of one kernel alone."""
+        """The PTX of one kernel alone, with the variables declared in front of others."""
         text = self._ptx[name].read_text()
-        head, *kernels = re.split(r"^\t// \.globl\t", text, flags=re.M)
-        return head + next(kernel[len(name) :] for kernel in kernels if kernel.startswith(f"{name}\n"))
+        starts = [found.start() for found in re.finditer(r"^(\.visible |\.weak )?\.entry ", text, flags=re.M)]
+        kernels = [text[begin:end] for begin, end in zip(starts, [*starts[1:], None], strict=True)]
+        kernel = next(kernel for kernel in kernels if re.search(r"\.entry (\w+)\(", kernel)[1] == name)
+        variables = re.findall(r"^\.(?:extern|global|const|shared) [^;(]*;", text, flags=re.M)
+        head = text[: starts[0]]
+        return head + "".join(f"{x}\n" for x in variables if x not in head and x not in kernel) + kernel
 
     def supports(self, problem) -> str | None:
         return self._refuses(problem)

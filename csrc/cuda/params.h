@@ -1,5 +1,4 @@
-// What every kernel is given: fastattn_problem and its results, checked by validate.cpp and narrowed by
-// plan.cpp.
+// What every kernel is given: fastattn_problem and its results, checked and narrowed by plan.cpp.
 #pragma once
 
 #include <stdint.h>

@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(ForwardShape<T, kDim, V>::kTile.threads())
       store_accumulators<QTile>(q_tile, warp_row + 16 * m, out[m], inverse[0], inverse[1]);
       continue;
     }
-    // Partial results of a split go out as they are, in fp32; combine (auxiliary.cu) merges them.
+    // Partial results of a split go out as they are, in fp32; auxiliary.cu merges them.
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int i = row + 16 * m + 8 * half;

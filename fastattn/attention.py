@@ -125,7 +125,8 @@ def varlen_attention(
         sequence are zero, their lse -inf.
 
     Raises:
-        As `attention`. On a GPU the offsets themselves are not checked, as that would wait for the device.
+        As `attention`. On a GPU the offsets themselves are not checked, as that would wait for the device:
+        there a sequence longer than max_seqlen_q or max_seqlen_k gives NaN.
     """
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q

@@ -32,14 +32,27 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename Unit>
 __global__ void __launch_bounds__(kThreads)
-    fill_outside(TensorArg x, Unit value, const int32_t* cu, int batch, int64_t total, int heads, int dim) {
-  const int64_t begin = max(int64_t(0), min(int64_t(cu[0]), total));
-  const int64_t end = max(begin, min(int64_t(cu[batch]), total));
-  const int64_t count = (total - (end - begin)) * heads * dim;
-  for (int64_t index = thread_index(); index < count; index += thread_count()) {
-    const int64_t col = index % dim, head = index / dim % heads, place = index / dim / heads;
-    const int64_t row = place < begin ? place : place + (end - begin);
+    fill_rest(const __grid_constant__ Params p, TensorArg x, bool queries, int heads, int dim, Unit outside) {
+  const int32_t* cu = queries ? p.cu_q : p.cu_k;
+  const int64_t total = queries ? p.total_q : p.total_k;
+  const auto fill = [&](int64_t index, int64_t first, Unit value) {
+    const int64_t col = index % dim, head = index / dim % heads, row = first + index / dim / heads;
     static_cast<Unit*>(x.data)[head * x.stride_h + row * x.stride_n + col] = value;
+  };
+  const int64_t begin = max(int64_t(0), min(int64_t(cu[0]), total));
+  const int64_t end = max(begin, min(int64_t(cu[p.batch]), total));
+  const int64_t before = begin * heads * dim, count = before + (total - end) * heads * dim;
+  for (int64_t index = thread_index(); index < count; index += thread_count())
+    fill(index < before ? index : index - before, index < before ? 0 : end, outside);
+
+  constexpr Unit kNan = Unit(~Unit(0)) >> 1;
+  for (int b = blockIdx.x; b < p.batch; b += gridDim.x) {
+    int64_t first_q, first_k;
+    const int64_t rows_q = Sequence::extent(p.cu_q, b, p.total_q, first_q);
+    const int64_t rows_k = Sequence::extent(p.cu_k, b, p.total_k, first_k);
+    if (rows_q <= p.len_q && rows_k <= p.len_k) continue;
+    for (int64_t index = threadIdx.x; index < (queries ? rows_q : rows_k) * heads * dim; index += kThreads)
+      fill(index, queries ? first_q : first_k, kNan);
   }
 }
 
@@ -144,15 +157,15 @@ cudaError_t launch_pack(const TensorArg& from, void* to, int element_bytes, int6
   return cudaGetLastError();
 }
 
-cudaError_t launch_fill_outside(const TensorArg& x, int element_bytes, uint32_t value, const int32_t* cu,
-                                int batch, int64_t total, int heads, int dim, cudaStream_t stream) {
-  const int64_t count = total * heads * dim;
+cudaError_t launch_fill_rest(const Params& p, const TensorArg& x, bool queries, int heads, int dim,
+                             int element_bytes, uint32_t outside, cudaStream_t stream) {
+  const int64_t count = (queries ? p.total_q : p.total_k) * heads * dim;
   if (count == 0) return cudaSuccess;
-  const int blocks = min(blocks_for(count), 256);  // most rows belong to a sequence
+  const int blocks = min(blocks_for(count), 256);  // there is seldom something to do
   if (element_bytes == 2) {
-    fill_outside<<<blocks, kThreads, 0, stream>>>(x, uint16_t(value), cu, batch, total, heads, dim);
+    fill_rest<<<blocks, kThreads, 0, stream>>>(p, x, queries, heads, dim, uint16_t(outside));
   } else {
-    fill_outside<<<blocks, kThreads, 0, stream>>>(x, value, cu, batch, total, heads, dim);
+    fill_rest<<<blocks, kThreads, 0, stream>>>(p, x, queries, heads, dim, outside);
   }
   return cudaGetLastError();
 }

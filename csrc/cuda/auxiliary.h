@@ -19,9 +19,11 @@ cudaError_t launch_row_statistics(const Params& p, int dtype, cudaStream_t strea
 // means.
 cudaError_t launch_combine(const Params& p, int dtype, cudaStream_t stream);
 
-// Packed layout: `value` in the rows of `x` that belong to no sequence, before cu[0] and from cu[batch] on.
-cudaError_t launch_fill_outside(const TensorArg& x, int element_bytes, uint32_t value, const int32_t* cu,
-                                int batch, int64_t total, int heads, int dim, cudaStream_t stream);
+// Packed layout: what other kernels leave undone in the rows of queries (or keys) of `x`. Rows that belong to
+// no sequence get `outside`; those of a sequence that is longer than p.len_q or p.len_k, which only the
+// device can tell, NaN.
+cudaError_t launch_fill_rest(const Params& p, const TensorArg& x, bool queries, int heads, int dim,
+                             int element_bytes, uint32_t outside, cudaStream_t stream);
 
 // drelative_bias from the partial sums of score_gradient.
 cudaError_t launch_finish_relative_bias(const Params& p, cudaStream_t stream);

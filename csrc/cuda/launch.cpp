@@ -80,12 +80,11 @@ fastattn_status run_copies(const Plan& plan, int dtype, cudaStream_t stream) {
   return FASTATTN_OK;
 }
 
-fastattn_status fill_outside(const fastattn_problem& p, const TensorArg& x, bool queries, int64_t heads,
-                             int64_t dim, int bytes, uint32_t value, cudaStream_t stream) {
-  if (p.cu_seqlens_q == nullptr || x.data == nullptr) return FASTATTN_OK;
+fastattn_status fill_rest(const Params& p, const TensorArg& x, bool queries, int dim, int bytes,
+                          uint32_t outside, cudaStream_t stream) {
+  if (p.cu_q == nullptr || x.data == nullptr) return FASTATTN_OK;
   return check_cuda(
-      launch_fill_outside(x, bytes, value, queries ? p.cu_seqlens_q : p.cu_seqlens_k, int(p.batch),
-                          queries ? p.total_q : p.total_k, int(heads), int(dim), stream),
+      launch_fill_rest(p, x, queries, queries ? p.heads : p.kv_heads, dim, bytes, outside, stream),
       "launching a fill");
 }
 
@@ -239,9 +238,9 @@ extern "C" fastattn_status fastattn_cuda_forward(const fastattn_problem* p, cons
   CHECK(hopper != nullptr ? launch_mapped(hopper->forward, blocks(hopper->forward), x, stream)
                           : launch_kernel(set->forward, blocks(set->forward), x, stream));
   if (x.splits > 1) CHECK(check_cuda(launch_combine(x, p->dtype, stream), "launching the merge of splits"));
-  CHECK(fill_outside(*p, x.out, true, p->num_heads, p->head_dim_v, element_bytes(p->dtype), 0, stream));
+  CHECK(fill_rest(x, x.out, true, x.dim_v, element_bytes(p->dtype), 0, stream));
   const TensorArg lse = {x.lse.data, 0, x.lse.stride_h, 1, false};
-  return fill_outside(*p, lse, true, p->num_heads, 1, 4, 0xff800000u, stream);
+  return fill_rest(x, lse, true, 1, 4, 0xff800000u, stream);
 }
 
 extern "C" fastattn_status fastattn_cuda_backward(const fastattn_problem* p, const fastattn_backward_io* io,
@@ -287,9 +286,9 @@ extern "C" fastattn_status fastattn_cuda_backward(const fastattn_problem* p, con
     CHECK(hopper != nullptr ? launch_mapped(hopper->dq, blocks(hopper->dq), x, stream)
                             : launch_kernel(set->dq, blocks(set->dq), x, stream));
   }
-  CHECK(fill_outside(*p, x.dq, true, p->num_heads, p->head_dim, element_bytes(p->dtype), 0, stream));
-  CHECK(fill_outside(*p, x.dk, false, p->num_kv_heads, p->head_dim, element_bytes(p->dtype), 0, stream));
-  CHECK(fill_outside(*p, x.dv, false, p->num_kv_heads, p->head_dim_v, element_bytes(p->dtype), 0, stream));
+  CHECK(fill_rest(x, x.dq, true, x.dim, element_bytes(p->dtype), 0, stream));
+  CHECK(fill_rest(x, x.dk, false, x.dim, element_bytes(p->dtype), 0, stream));
+  CHECK(fill_rest(x, x.dv, false, x.dim_v, element_bytes(p->dtype), 0, stream));
 
   const Kernel& scores = set->score_gradient;
   if (io->dbias.data != nullptr) {

@@ -70,9 +70,11 @@ class GlobalMemory:
     def commit(self):
         """Allocate the arena and copy every registered array in."""
         size = -(-self.size // 64) * 64
-        self.data = np.full(size, POISON, np.uint8)
-        self.state = np.full(size, FORBIDDEN, np.uint8)
+        # Zeros take no memory until they are touched: rows may lie far apart.
+        self.data = np.zeros(size, np.uint8)
+        self.state = np.zeros(size, np.uint8)  # FORBIDDEN
         for b in self.buffers:
+            self._view(self.data, b, np.uint8, itemwise=True)[...] = POISON
             mark = {"in": READ_ONLY, "out": UNWRITTEN, "inout": WRITTEN}[b.mode]
             self._view(self.state, b, np.uint8, itemwise=True)[...] = mark
             if b.mode != "out":

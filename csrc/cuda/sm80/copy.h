@@ -1,6 +1,7 @@
 // Global memory -> shared tile (asynchronous), and accumulators -> global memory by way of a shared tile.
 #pragma once
 
+#include "../params.h"
 #include "tile.h"
 
 namespace fastattn {
@@ -22,6 +23,7 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const Matrix<T>& m, int
   constexpr int kLanes = Tile::kPeriod;  // neighbouring threads that share a row
   constexpr int kRowsPerPass = kThreads / kLanes;
   static_assert(kRowsPerPass % 8 == 0, "a thread keeps its permutation from pass to pass");
+  static_assert(kRowsPerPass <= kLoadedRows, "a pass is a step of 32 bits");
   const int r = threadIdx.x / kLanes, c = threadIdx.x % kLanes;
   const T* source = m.data + int64_t(row0 + r) * m.stride + c * Tile::kElementsPerChunk;
   const uint32_t target = tile + Tile::offset(r, c);
@@ -79,7 +81,7 @@ __device__ __forceinline__ void store_rows(uint32_t tile, int row, const Matrix<
       const int col = (c + chunk) * Tile::kElementsPerChunk;
       const uint4 value = ptx::load_shared_128(tile + Tile::offset(i, c + chunk));
       if (m.aligned && col + Tile::kElementsPerChunk <= m.cols) {
-        *reinterpret_cast<uint4*>(out + col) = value;
+        ptx::store_global_128(out + col, value);
       } else {
         const uint32_t words[4] = {value.x, value.y, value.z, value.w};
 #pragma unroll

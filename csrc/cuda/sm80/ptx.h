@@ -87,6 +87,13 @@ __device__ __forceinline__ void store_shared_64(uint32_t shared, uint32_t lo, ui
   asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(shared), "r"(lo), "r"(hi) : "memory");
 }
 
+// Data Movement: st.global. nvcc makes four stores of a uint4's assignment.
+__device__ __forceinline__ void store_global_128(void* global, const uint4& v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w)
+               : "memory");
+}
+
 // Warp Level Matrix Instructions: mma.m16n8k16 with .f16 operands and an .f32 accumulator.
 __device__ __forceinline__ void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(

@@ -15,15 +15,16 @@ struct Sequence {
   __device__ __forceinline__ Sequence(const Params& p, int b) : batch(b) {
     len_q = p.len_q, len_k = p.len_k, first_q = 0, first_k = 0;
     if (p.cu_q != nullptr) {
-      extent(p.cu_q, b, p.total_q, p.len_q, first_q, len_q);
-      extent(p.cu_k, b, p.total_k, p.len_k, first_k, len_k);
+      // Where the caller understated the longest, fill_rest (auxiliary.cu) makes the sequence NaN.
+      len_q = int(min(extent(p.cu_q, b, p.total_q, first_q), int64_t(p.len_q)));
+      len_k = int(min(extent(p.cu_k, b, p.total_k, first_k), int64_t(p.len_k)));
     }
   }
-  // Offsets that reach outside the tensor are cut off at its end: a bad offset reads nothing foreign.
-  __device__ __forceinline__ static void extent(const int32_t* cu, int b, int64_t total, int longest,
-                                                int64_t& first, int& length) {
+  // The rows that offsets give a sequence, and the first of them. Offsets that reach outside the tensor are
+  // cut off at its end: a bad offset reads nothing foreign.
+  __device__ __forceinline__ static int64_t extent(const int32_t* cu, int b, int64_t total, int64_t& first) {
     first = max(int64_t(0), min(int64_t(cu[b]), total));
-    length = int(max(int64_t(0), min(min(int64_t(cu[b + 1]), total) - first, int64_t(longest))));
+    return max(int64_t(0), min(int64_t(cu[b + 1]), total) - first);
   }
 };
 

@@ -29,6 +29,7 @@ from fastattn.backends.cuda.library import open_library
 from fastattn.problem import AttentionInputs
 
 ROOT = Path(__file__).parents[3]
+VARIANTS = "plain;dropout;softcap;alibi;relative;bias;all"  # all of the table in csrc/cuda/CMakeLists.txt
 LAUNCH = ctypes.CFUNCTYPE(
     ctypes.c_int,
     ctypes.c_char_p,
@@ -79,6 +80,10 @@ class DeviceTensor:
     def data_ptr(self) -> int:
         return self._address
 
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda")
+
     def __getattr__(self, name: str):
         return getattr(self._tensor, name)
 
@@ -101,13 +106,31 @@ class SimulatedCuda(CudaBackend):
         self._library.fake_cudart_on_launch(self._callback)
         self.num_sms = 1
         self.options = Options()
-        self.launches: list[tuple[str, Report]] = []
+        self.launches: list[tuple[str, Report]] = []  # of the last call
+        self._recorders: list[list[tuple[str, Report]]] = []
         self.altered: dict[str, Module] = {}  # kernels with faults planted, by name
+        self.seed_on_device = False
         self._failure: BaseException | None = None
 
     def set_capability(self, capability: int) -> None:
         """10 * major + minor of the device to be simulated; the library's default is 80."""
         self._library.fake_cudart_set_capability(capability)
+
+    @contextlib.contextmanager
+    def recorded(self, **options):
+        """A list that receives the launches of every call within; `options` of the simulator hold there."""
+        default, launches = self.options, []
+        self.options = Options(**{**vars(default), **options})
+        self._recorders.append(launches)
+        try:
+            yield launches
+        finally:
+            self._recorders.pop()
+            self.options = default
+
+    def text(self) -> str:
+        """The PTX of all kernels."""
+        return "".join(path.read_text() for path in sorted(set(self._ptx.values())))
 
     def text_of(self, name: str) -> str:
         """The PTX of one kernel alone."""
@@ -154,7 +177,7 @@ class SimulatedCuda(CudaBackend):
     def _inputs(self, inputs: AttentionInputs) -> AttentionInputs:
         return AttentionInputs(
             *(
-                x if x is None or name == "seed" else self._put(x, "in", name)
+                x if x is None or (name == "seed" and not self.seed_on_device) else self._put(x, "in", name)
                 for name, x in zip(AttentionInputs._fields, inputs, strict=True)
             )
         )
@@ -188,7 +211,8 @@ class SimulatedCuda(CudaBackend):
             dims = ((grid, 1, 1), (block, 1, 1))
             with np.errstate(all="ignore"):
                 _run_grid(kernel, layout, *dims, self._memory, self.options, report)
-            self.launches.append((kernel.name, report))
+            for launches in (self.launches, *self._recorders):
+                launches.append((kernel.name, report))
             return 0
         except BaseException as error:  # nothing may be raised through the C frames
             self._failure = error

@@ -27,6 +27,7 @@ EVERY_VARIANT = ("plain", "dropout", "softcap", "alibi", "relative", "bias", "al
 HOPPER = list(itertools.product(("f16", "bf16"), (64, 128, 256)))
 
 pytestmark = [
+    pytest.mark.timeout(1800),
     pytest.mark.slow,
     pytest.mark.skipif(not PATH.exists(), reason=f"{PATH.name} is not built: fastattn build-cuda"),
 ]

@@ -189,8 +189,7 @@ extern "C" const char* fastattn_cuda_backward_kernels(const fastattn_problem* p,
   if (validate_problem(p) != FASTATTN_OK) return nullptr;
   const KernelSet* set = find_kernels(*p);
   if (set == nullptr) return nullptr;
-  const sm90::KernelSet* hopper = sm90::find_kernels(*set, capability);
-  return hopper != nullptr && hopper->dq.function != nullptr ? kHopperName : kName;
+  return sm90::find_kernels(*set, capability) != nullptr ? kHopperName : kName;
 }
 
 extern "C" fastattn_status fastattn_cuda_forward_workspace(const fastattn_problem* p, int32_t num_splits,
@@ -269,9 +268,11 @@ extern "C" fastattn_status fastattn_cuda_backward(const fastattn_problem* p, con
     return ceil_div64(p->seqlen_k, kernel.block_k) * p->num_kv_heads * p->batch;
   };
   const bool want_dk = x.dk.data != nullptr, want_dv = x.dv.data != nullptr;
-  if (hopper != nullptr && hopper->dkdv.function != nullptr) {
-    const sm90::Kernel& kernel = want_dk && want_dv ? hopper->dkdv : want_dk ? hopper->dk : hopper->dv;
-    if (want_dk || want_dv) CHECK(launch_mapped(kernel, key_blocks(kernel), x, stream));
+  if (hopper != nullptr) {
+    const bool together = want_dk && want_dv && hopper->dkdv.function != nullptr;
+    if (together) CHECK(launch_mapped(hopper->dkdv, key_blocks(hopper->dkdv), x, stream));
+    if (want_dk && !together) CHECK(launch_mapped(hopper->dk, key_blocks(hopper->dk), x, stream));
+    if (want_dv && !together) CHECK(launch_mapped(hopper->dv, key_blocks(hopper->dv), x, stream));
   } else {
     if (set->dkdv.function != nullptr && (want_dk || want_dv))
       CHECK(launch_kernel(set->dkdv, key_blocks(set->dkdv), x, stream));
@@ -282,9 +283,8 @@ extern "C" fastattn_status fastattn_cuda_backward(const fastattn_problem* p, con
     const auto blocks = [&](const auto& kernel) {
       return ceil_div64(p->seqlen_q, kernel.block_q) * p->num_heads * p->batch;
     };
-    CHECK(hopper != nullptr && hopper->dq.function != nullptr
-              ? launch_mapped(hopper->dq, blocks(hopper->dq), x, stream)
-              : launch_kernel(set->dq, blocks(set->dq), x, stream));
+    CHECK(hopper != nullptr ? launch_mapped(hopper->dq, blocks(hopper->dq), x, stream)
+                            : launch_kernel(set->dq, blocks(set->dq), x, stream));
   }
   CHECK(fill_rest(x, x.dq, true, x.dim, element_bytes(p->dtype), 0, stream));
   CHECK(fill_rest(x, x.dk, false, x.dim, element_bytes(p->dtype), 0, stream));

@@ -1,6 +1,7 @@
 // Online softmax over key tiles (Milakov & Gimelshein 2018; Dao et al. 2022), in base 2.
 #pragma once
 
+#include "../params.h"
 #include "matmul.h"
 
 namespace fastattn {

@@ -6,7 +6,6 @@
 // that one computes exponentials while the other's products run (Shah et al. 2024, FlashAttention-3).
 #pragma once
 
-#include "../sm80/careful.h"
 #include "../sm80/softmax.h"
 #include "query_block.h"
 
@@ -16,14 +15,17 @@ constexpr uint32_t kTurnOfFirst = 2, kTurnOfSecond = 3;  // named barriers
 
 template <typename T, int kDim>
 struct ForwardShape {
-  static constexpr int kBlockQ = 128, kBlockK = kDim <= 128 ? 128 : 64, kStages = 2;
+  static constexpr int kBlockQ = 128, kBlockK = kDim <= 128 ? 128 : 64;
+  using KeyRing = Ring<2>;
+  using ValueRing = Ring<2>;
   using QTile = Tile<T, kBlockQ, kDim>;
   using KTile = Tile<T, kBlockK, kDim>;
   using Clean = Cleaner<KTile>;
   // Offsets in shared memory.
-  static constexpr int kKeys = QTile::kBytes, kValues = kKeys + kStages * KTile::kBytes,
-                       kNotes = kValues + kStages * KTile::kBytes, kBarriers = kNotes + Clean::kBytes,
-                       kSharedBytes = kBarriers + 8 + 2 * Ring<kStages>::kBytes;
+  static constexpr int kKeys = QTile::kBytes, kValues = kKeys + KeyRing::kStages * KTile::kBytes,
+                       kNotes = kValues + ValueRing::kStages * KTile::kBytes,
+                       kBarriers = kNotes + Clean::kBytes,
+                       kSharedBytes = kBarriers + 8 + KeyRing::kBytes + ValueRing::kBytes;
   static_assert(kSharedBytes <= 227 * 1024);
 };
 
@@ -44,12 +46,20 @@ struct Consumer {
   Operand weights[kKeyTiles / 2];
   OnlineSoftmax<1> softmax;
 
-  __device__ __forceinline__ Consumer(const Params& params, const QueryBlock<Shape>& b)
+  __device__ __forceinline__ Consumer(const Params& params, const QueryBlock<Shape>& b, uint32_t which)
       : p(params),
         block(b),
-        group(__shfl_sync(0xffffffffu, threadIdx.x / 128, 0)),
+        group(which),
         q(QTile::rows_descriptor(b.shared + group * 64 * 128)),
         row(b.first_q + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4) {}
+
+  // One thread of the producer's.
+  __device__ __forceinline__ static void load_own(const MappedParams& x, const QueryBlock<Shape>& block) {
+    ptx::mbarrier_arrive_expect(block.own_barrier(), QTile::kBytes);
+    load_panels<QTile>(block.shared, x.q, block.own_barrier(), block.s.first_q + block.first_q, block.head,
+                       block.s.batch);
+  }
+  __device__ __forceinline__ bool finite() const { return all_finite(out); }
 
   __device__ __forceinline__ void start() {
     clear(out);
@@ -204,43 +214,7 @@ struct Consumer {
 
 template <typename T, int kDim>
 __global__ void __launch_bounds__(kThreads, 1) forward(const __grid_constant__ MappedParams x) {
-  using Shape = ForwardShape<T, kDim>;
-  extern __shared__ __align__(1024) uint8_t shared[];
-  const uint32_t base = ptx::shared_address(shared);
-  QueryBlock<Shape> block = QueryBlock<Shape>::here(x.params, base);
-  if (block.first_q >= block.s.len_q) return;
-  if (threadIdx.x == kConsumers) block.init_barriers();
-  __syncthreads();
-  const int count = block.walk.count();
-
-  if (threadIdx.x >= kConsumers) {
-    ptx::release_registers<24>();
-    const bool loads = threadIdx.x == kConsumers;
-    if (loads) {
-      ptx::mbarrier_arrive_expect(block.own_barrier(), Shape::QTile::kBytes);
-      load_panels<typename Shape::QTile>(block.shared, x.q, block.own_barrier(),
-                                         block.s.first_q + block.first_q, block.head, block.s.batch);
-      produce(x, block, 0);
-    }
-    __syncwarp();
-    if (__syncthreads_or(false)) {
-      block.walk.mask_all();
-      if (loads) produce(x, block, count);
-    }
-    return;
-  }
-
-  ptx::acquire_registers<240>();
-  Consumer<T, kDim> consumer(x.params, block);
-  ptx::mbarrier_wait(block.own_barrier(), 0);
-  consumer.run();
-  const bool spoilt = __syncthreads_or(!all_finite(consumer.out));
-  consumer.block = QueryBlock<Shape>::here(x.params, base);
-  if (spoilt) {
-    consumer.block.walk.mask_all();
-    consumer.run_carefully(count, reinterpret_cast<uint32_t*>(shared + Shape::kNotes));
-  }
-  consumer.store();
+  run_block<Consumer<T, kDim>>(x);
 }
 
 template <typename T, int kDim>

@@ -11,17 +11,24 @@
 
 namespace fastattn::sm90 {
 
-template <typename T, int kDim>
+template <typename T, int kDim, bool kDk, bool kDv>
 struct KeyGradientShape {
-  static constexpr int kBlockQ = 64, kBlockK = 128, kStages = 2;
+  static_assert(kDim <= 128 || !(kDk && kDv), "registers hold 256 columns of one gradient");
+  static constexpr int kBlockQ = 64, kBlockK = 128;
+  static constexpr bool kValuesNeeded = kDk;  // for the gradient of the weights
+  // Without dv a step is done with its tile of dout early (step_over), and one stage is enough where shared
+  // memory holds no more.
+  using QueryRing = Ring<2>;
+  using DoutRing = Ring<kDim <= 128 || kDv ? 2 : 1>;
   using QTile = Tile<T, kBlockQ, kDim>;
   using KTile = Tile<T, kBlockK, kDim>;
   // Offsets in shared memory.
-  static constexpr int kValues = KTile::kBytes, kQueries = 2 * KTile::kBytes,
-                       kDouts = kQueries + kStages * QTile::kBytes, kRows = kDouts + kStages * QTile::kBytes,
+  static constexpr int kOwnBytes = (kValuesNeeded ? 2 : 1) * KTile::kBytes, kValues = KTile::kBytes,
+                       kQueries = kOwnBytes, kDouts = kQueries + QueryRing::kStages * QTile::kBytes,
+                       kRows = kDouts + DoutRing::kStages * QTile::kBytes,
                        kRowBytes = kBlockQ * int(sizeof(RowStatistics)),
-                       kBarriers = kRows + kStages * kRowBytes,
-                       kSharedBytes = kBarriers + 8 + 2 * Ring<kStages>::kBytes;
+                       kBarriers = kRows + QueryRing::kStages * kRowBytes,
+                       kSharedBytes = kBarriers + 8 + QueryRing::kBytes + DoutRing::kBytes;
   static_assert(kSharedBytes <= 227 * 1024);
 };
 
@@ -52,18 +59,18 @@ struct KeyBlock {
   }
 
   __device__ __forceinline__ uint32_t own_barrier() const { return shared + Shape::kBarriers; }
-  __device__ __forceinline__ Ring<Shape::kStages> queries() const { return {own_barrier() + 8}; }
-  __device__ __forceinline__ Ring<Shape::kStages> douts() const {
-    return {own_barrier() + 8 + Ring<Shape::kStages>::kBytes};
+  __device__ __forceinline__ typename Shape::QueryRing queries() const { return {own_barrier() + 8}; }
+  __device__ __forceinline__ typename Shape::DoutRing douts() const {
+    return {own_barrier() + 8 + Shape::QueryRing::kBytes};
   }
   __device__ __forceinline__ uint32_t query_tile(int n) const {
-    return shared + Shape::kQueries + n % Shape::kStages * Shape::QTile::kBytes;
+    return shared + Shape::kQueries + Shape::QueryRing::stage(n) * Shape::QTile::kBytes;
   }
   __device__ __forceinline__ uint32_t dout_tile(int n) const {
-    return shared + Shape::kDouts + n % Shape::kStages * Shape::QTile::kBytes;
+    return shared + Shape::kDouts + Shape::DoutRing::stage(n) * Shape::QTile::kBytes;
   }
   __device__ __forceinline__ uint32_t rows(int n) const {
-    return shared + Shape::kRows + n % Shape::kStages * Shape::kRowBytes;
+    return shared + Shape::kRows + Shape::QueryRing::stage(n) * Shape::kRowBytes;
   }
 };
 
@@ -100,7 +107,7 @@ __device__ __forceinline__ void produce(const MappedParams& x, const KeyBlock<Sh
 
 template <typename T, int kDim, bool kDk, bool kDv>
 struct KeyGradientConsumer {
-  using Shape = KeyGradientShape<T, kDim>;
+  using Shape = KeyGradientShape<T, kDim, kDk, kDv>;
   using QTile = typename Shape::QTile;
   using KTile = typename Shape::KTile;
   static constexpr int kQueryTiles = Shape::kBlockQ / 8, kOutTiles = kDim / 8;
@@ -191,7 +198,7 @@ struct KeyGradientConsumer {
     ptx::wgmma_commit();
     ptx::wgmma_wait<1>();
     pin_results();
-    if (step > 0) release(step - 1);
+    if (step > 0) release_products(step - 1);
     block.douts().wait(step);
     if constexpr (kDk) {
       ptx::pin(dscores);
@@ -207,6 +214,7 @@ struct KeyGradientConsumer {
     if constexpr (kDk) {
       ptx::wgmma_wait<0>();
       ptx::pin(dscores);
+      if constexpr (!kDv) block.douts().release(step);
       differentiate(step);
     }
     if constexpr (kMasked) mask(step);
@@ -225,9 +233,10 @@ struct KeyGradientConsumer {
     if constexpr (kDv) ptx::pin(dv[0]);
     if constexpr (kDk) ptx::pin(dk[0]);
   }
-  __device__ __forceinline__ void release(int n) const {
+  // The tiles that the last products of a step read.
+  __device__ __forceinline__ void release_products(int n) const {
     block.queries().release(n);
-    block.douts().release(n);
+    if constexpr (kDv) block.douts().release(n);
   }
 
   __device__ __forceinline__ void run() {
@@ -247,7 +256,7 @@ struct KeyGradientConsumer {
   // A warp's rows of the k and v tiles are its own: they take its results on the way out.
   __device__ __forceinline__ void store() {
     const int warp_row = threadIdx.x / 32 * 16;
-    const uint32_t k_tile = block.shared, v_tile = block.shared + Shape::kValues;
+    const uint32_t k_tile = block.shared, v_tile = kDk ? k_tile + Shape::kValues : k_tile;
     if constexpr (kDk) store_accumulators<KTile>(k_tile, warp_row, dk[0], p.scale, p.scale);
     if constexpr (kDv) store_accumulators<KTile>(v_tile, warp_row, dv[0], 1.0f, 1.0f);
     __syncwarp();
@@ -262,7 +271,7 @@ struct KeyGradientConsumer {
 
 template <typename T, int kDim, bool kDk, bool kDv>
 __global__ void __launch_bounds__(kThreads, 1) key_gradient(const __grid_constant__ MappedParams x) {
-  using Shape = KeyGradientShape<T, kDim>;
+  using Shape = KeyGradientShape<T, kDim, kDk, kDv>;
   using KTile = typename Shape::KTile;
   extern __shared__ __align__(1024) uint8_t shared[];
   const Params& p = x.params;
@@ -292,9 +301,11 @@ __global__ void __launch_bounds__(kThreads, 1) key_gradient(const __grid_constan
     if (threadIdx.x >= kConsumers + 32) return;
     if (threadIdx.x == kConsumers) {
       const int64_t row = block.s.first_k + block.first_k;
-      ptx::mbarrier_arrive_expect(block.own_barrier(), 2 * KTile::kBytes);
+      ptx::mbarrier_arrive_expect(block.own_barrier(), Shape::kOwnBytes);
       load_panels<KTile>(base, x.k, block.own_barrier(), row, block.kv_head, block.s.batch);
-      load_panels<KTile>(base + Shape::kValues, x.v, block.own_barrier(), row, block.kv_head, block.s.batch);
+      if constexpr (Shape::kValuesNeeded)
+        load_panels<KTile>(base + Shape::kValues, x.v, block.own_barrier(), row, block.kv_head,
+                           block.s.batch);
     }
     __syncwarp();
     produce(x, block);
@@ -312,7 +323,7 @@ __global__ void __launch_bounds__(kThreads, 1) key_gradient(const __grid_constan
 
 template <typename T, int kDim, bool kDk, bool kDv>
 Kernel key_gradient_kernel() {
-  using Shape = KeyGradientShape<T, kDim>;
+  using Shape = KeyGradientShape<T, kDim, kDk, kDv>;
   return {key_gradient<T, kDim, kDk, kDv>, kThreads, Shape::kSharedBytes, Shape::kBlockQ, Shape::kBlockK};
 }
 

@@ -54,7 +54,7 @@ fastattn_status encode(Encode encoder, const Params& p, const TensorArg& tensor,
 const KernelSet* find_kernels(const fastattn::KernelSet& set, int capability) {
   if (capability != 90 || set.features != 0) return nullptr;
   for (const KernelSet* const* at = kKernelSets; *at != nullptr; ++at)
-    if ((*at)->dtype == set.dtype && (*at)->dim == set.dim) return *at;
+    if ((*at)->dtype == set.dtype && (*at)->dim >= set.dim && 3 * (*at)->dim <= 4 * set.dim) return *at;
   return nullptr;
 }
 

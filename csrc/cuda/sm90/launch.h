@@ -6,8 +6,9 @@
 
 namespace fastattn::sm90 {
 
-// The kernels that serve in the place of some of `set`, or null. They run on compute capability 9.0 only, and
-// compute what the plain variant does.
+// The kernels that serve in the place of `set`, or null. They run on compute capability 9.0 only, and compute
+// what the plain variant does. Products may be padded by a third (head dimension 96 to 128), not doubled (32
+// to 64): docs/performance-cuda.md counts why.
 const KernelSet* find_kernels(const fastattn::KernelSet& set, int capability);
 
 // Tensor maps of q, k, v and dout. Finds the driver's encoder through the runtime: nothing links against the

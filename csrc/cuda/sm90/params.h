@@ -27,7 +27,7 @@ struct Kernel {
   int block_k;
 };
 
-// The kernels of one element type and head dimension; a null function: the sm_80 kernel serves.
+// The kernels of one element type and head dimension. A null dkdv: dk and dv take a launch each.
 struct KernelSet {
   int dtype;
   int dim;

@@ -2,7 +2,7 @@
 // each, that step through the keys, and one thread of a third warpgroup that loads these by TMA.
 #pragma once
 
-#include "../sm80/mask.h"
+#include "../sm80/careful.h"
 #include "params.h"
 #include "ring.h"
 #include "tile.h"
@@ -40,9 +40,9 @@ struct QueryBlock {
 
   // Barriers: of the tiles that stay, then of the rings.
   __device__ __forceinline__ uint32_t own_barrier() const { return shared + Shape::kBarriers; }
-  __device__ __forceinline__ Ring<Shape::kStages> keys() const { return {own_barrier() + 8}; }
-  __device__ __forceinline__ Ring<Shape::kStages> values() const {
-    return {own_barrier() + 8 + Ring<Shape::kStages>::kBytes};
+  __device__ __forceinline__ typename Shape::KeyRing keys() const { return {own_barrier() + 8}; }
+  __device__ __forceinline__ typename Shape::ValueRing values() const {
+    return {own_barrier() + 8 + Shape::KeyRing::kBytes};
   }
   __device__ __forceinline__ void init_barriers() const {
     ptx::mbarrier_init(own_barrier(), 1);
@@ -51,10 +51,10 @@ struct QueryBlock {
     ptx::fence_barrier_init();
   }
   __device__ __forceinline__ uint32_t key_tile(int n) const {
-    return shared + Shape::kKeys + n % Shape::kStages * Shape::KTile::kBytes;
+    return shared + Shape::kKeys + Shape::KeyRing::stage(n) * Shape::KTile::kBytes;
   }
   __device__ __forceinline__ uint32_t value_tile(int n) const {
-    return shared + Shape::kValues + n % Shape::kStages * Shape::KTile::kBytes;
+    return shared + Shape::kValues + Shape::ValueRing::stage(n) * Shape::KTile::kBytes;
   }
 };
 
@@ -82,6 +82,48 @@ __device__ __forceinline__ void produce(const MappedParams& x, const QueryBlock<
     block.values().wait_free(n);
     load_panels<KTile>(block.value_tile(n), x.v, block.values().announce(n, KTile::kBytes), row, head, batch);
   }
+}
+
+// A kernel's body. A `Consumer` computes with the tiles: its constructor takes Params, the block and which of
+// the warpgroups it is; load_own() brings the tiles that stay; run() steps through the keys; finite() says
+// whether the result is; run_carefully() is the pass for when it is not; store() writes the result.
+template <typename Consumer>
+__device__ __forceinline__ void run_block(const MappedParams& x) {
+  using Shape = typename Consumer::Shape;
+  extern __shared__ __align__(1024) uint8_t shared[];
+  const uint32_t base = ptx::shared_address(shared);
+  QueryBlock<Shape> block = QueryBlock<Shape>::here(x.params, base);
+  if (block.first_q >= block.s.len_q) return;
+  if (threadIdx.x == kConsumers) block.init_barriers();
+  __syncthreads();
+  const int count = block.walk.count();
+
+  if (threadIdx.x >= kConsumers) {
+    ptx::release_registers<24>();
+    const bool loads = threadIdx.x == kConsumers;
+    if (loads) {
+      Consumer::load_own(x, block);
+      produce(x, block, 0);
+    }
+    __syncwarp();
+    if (__syncthreads_or(false)) {
+      block.walk.mask_all();
+      if (loads) produce(x, block, count);
+    }
+    return;
+  }
+
+  ptx::acquire_registers<240>();
+  Consumer consumer(x.params, block, __shfl_sync(0xffffffffu, threadIdx.x / 128, 0));
+  ptx::mbarrier_wait(block.own_barrier(), 0);
+  consumer.run();
+  const bool spoilt = __syncthreads_or(!consumer.finite());
+  consumer.block = QueryBlock<Shape>::here(x.params, base);
+  if (spoilt) {
+    consumer.block.walk.mask_all();
+    consumer.run_carefully(count, reinterpret_cast<uint32_t*>(shared + Shape::kNotes));
+  }
+  consumer.store();
 }
 
 // Accumulators of scores of queries `row` and row + 8 and of keys first_k on: `value` where a query does not

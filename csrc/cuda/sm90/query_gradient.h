@@ -1,24 +1,29 @@
 // Gradient of queries on Hopper: a block owns 128 queries of one head and steps through the keys they see, as
 // forward does. The product of score gradients and keys runs while the next tile's scores are issued, and the
 // weights are computed while that tile's dout v^T runs.
+//
+// A tile of values is free once that product is done, a tile of keys only after the next step's scores: at
+// head dimension 256, where shared memory ends at three tiles of each step's, values have one stage.
 #pragma once
 
-#include "../sm80/careful.h"
 #include "query_block.h"
 
 namespace fastattn::sm90 {
 
 template <typename T, int kDim>
 struct QueryGradientShape {
-  static constexpr int kBlockQ = 128, kBlockK = kDim <= 64 ? 128 : 64, kStages = 2;
+  static constexpr int kBlockQ = 128, kBlockK = kDim <= 64 ? 128 : 64;
+  using KeyRing = Ring<2>;
+  using ValueRing = Ring<kDim <= 128 ? 2 : 1>;
   using QTile = Tile<T, kBlockQ, kDim>;
   using KTile = Tile<T, kBlockK, kDim>;
   using Clean = Cleaner<KTile>;
   // Offsets in shared memory.
   static constexpr int kDout = QTile::kBytes, kKeys = 2 * QTile::kBytes,
-                       kValues = kKeys + kStages * KTile::kBytes, kNotes = kValues + kStages * KTile::kBytes,
+                       kValues = kKeys + KeyRing::kStages * KTile::kBytes,
+                       kNotes = kValues + ValueRing::kStages * KTile::kBytes,
                        kBarriers = kNotes + Clean::kBytes,
-                       kSharedBytes = kBarriers + 8 + 2 * Ring<kStages>::kBytes;
+                       kSharedBytes = kBarriers + 8 + KeyRing::kBytes + ValueRing::kBytes;
   static_assert(kSharedBytes <= 227 * 1024);
 };
 
@@ -52,6 +57,16 @@ struct QueryGradientConsumer {
       lse2[half] = r.lse2, delta[half] = r.delta;
     }
   }
+
+  // One thread of the producer's.
+  __device__ __forceinline__ static void load_own(const MappedParams& x, const QueryBlock<Shape>& block) {
+    const int64_t row = block.s.first_q + block.first_q;
+    ptx::mbarrier_arrive_expect(block.own_barrier(), 2 * QTile::kBytes);
+    load_panels<QTile>(block.shared, x.q, block.own_barrier(), row, block.head, block.s.batch);
+    load_panels<QTile>(block.shared + Shape::kDout, x.dout, block.own_barrier(), row, block.head,
+                       block.s.batch);
+  }
+  __device__ __forceinline__ bool finite() const { return all_finite(dq); }
 
   __device__ __forceinline__ void issue_scores(int n) {
     ptx::pin(scores);
@@ -172,45 +187,7 @@ struct QueryGradientConsumer {
 
 template <typename T, int kDim>
 __global__ void __launch_bounds__(kThreads, 1) query_gradient(const __grid_constant__ MappedParams x) {
-  using Shape = QueryGradientShape<T, kDim>;
-  using QTile = typename Shape::QTile;
-  extern __shared__ __align__(1024) uint8_t shared[];
-  const uint32_t base = ptx::shared_address(shared);
-  QueryBlock<Shape> block = QueryBlock<Shape>::here(x.params, base);
-  if (block.first_q >= block.s.len_q) return;
-  if (threadIdx.x == kConsumers) block.init_barriers();
-  __syncthreads();
-  const int count = block.walk.count();
-
-  if (threadIdx.x >= kConsumers) {
-    ptx::release_registers<24>();
-    const bool loads = threadIdx.x == kConsumers;
-    if (loads) {
-      const int64_t row = block.s.first_q + block.first_q;
-      ptx::mbarrier_arrive_expect(block.own_barrier(), 2 * QTile::kBytes);
-      load_panels<QTile>(base, x.q, block.own_barrier(), row, block.head, block.s.batch);
-      load_panels<QTile>(base + Shape::kDout, x.dout, block.own_barrier(), row, block.head, block.s.batch);
-      produce(x, block, 0);
-    }
-    __syncwarp();
-    if (__syncthreads_or(false)) {
-      block.walk.mask_all();
-      if (loads) produce(x, block, count);
-    }
-    return;
-  }
-
-  ptx::acquire_registers<240>();
-  QueryGradientConsumer<T, kDim> consumer(x.params, block, __shfl_sync(0xffffffffu, threadIdx.x / 128, 0));
-  ptx::mbarrier_wait(block.own_barrier(), 0);
-  consumer.run();
-  const bool spoilt = __syncthreads_or(!all_finite(consumer.dq));
-  consumer.block = QueryBlock<Shape>::here(x.params, base);
-  if (spoilt) {
-    consumer.block.walk.mask_all();
-    consumer.run_carefully(count, reinterpret_cast<uint32_t*>(shared + Shape::kNotes));
-  }
-  consumer.store();
+  run_block<QueryGradientConsumer<T, kDim>>(x);
 }
 
 template <typename T, int kDim>

@@ -78,13 +78,13 @@ class DryRun:
         return True
 
 
-def serves(capability: int, case, direction: str) -> str:
-    """Whose kernels a pass takes, as docs/performance-cuda.md says and test_hopper.py holds."""
+def serves(capability: int, case) -> str:
+    """Whose kernels a problem takes, as docs/performance-cuda.md says and test_hopper.py holds."""
     features = any(name in case.options for name in ("softcap", "dropout_p", "scale"))
     plain = not (features or case.bias or case.relative_bias or case.alibi)
     dim = max(case.head_dim, case.head_dim_v)
-    own = 32 < dim <= 64 or 96 < dim <= (256 if direction == "forward" else 128)
-    return "sm_90a" if capability == 90 and plain and own and "float32" not in str(case.dtype) else "sm_80"
+    own = dim > 32 and "float32" not in str(case.dtype)
+    return "sm_90a" if capability == 90 and plain and own else "sm_80"
 
 
 def table(checked: list[tuple[int, object]]) -> str:
@@ -102,7 +102,7 @@ def table(checked: list[tuple[int, object]]) -> str:
                 for capability, case in checked
                 if has(case)
                 and (case.wanted or direction == "forward")
-                and serves(capability, case, direction) == kernels
+                and serves(capability, case) == kernels
             }
             cells.append(" ".join(dtype for dtype in DTYPES.values() if dtype in found) or "–")
         lines.append(f"| {name} | {' | '.join(cells)} |")

@@ -27,6 +27,7 @@ EVERY_VARIANT = ("plain", "dropout", "softcap", "alibi", "relative", "bias", "al
 HOPPER = list(itertools.product(("f16", "bf16"), (64, 128, 256)))
 
 pytestmark = [
+    pytest.mark.timeout(1800),
     pytest.mark.slow,
     pytest.mark.skipif(not PATH.exists(), reason=f"{PATH.name} is not built: fastattn build-cuda"),
 ]
@@ -55,9 +56,8 @@ def expected() -> set[str]:
                 kinds.append("score_gradient")
             names |= {f"sm80 {kind} {type_} {dim} {variant}" for kind in kinds}
     for type_, dim in HOPPER:
-        kinds = ["forward"]
-        if dim <= 128:
-            kinds += ["query_gradient", "key_gradient", "key_gradient_dk", "key_gradient_dv"]
+        kinds = ["forward", "query_gradient", "key_gradient_dk", "key_gradient_dv"]
+        kinds += ["key_gradient"] if dim <= 128 else []
         names |= {f"sm90 {kind} {type_} {dim}" for kind in kinds}
     return names
 
@@ -91,11 +91,15 @@ FEATURES = {"0": "plain", "1": "softcap", "16": "dropout"}
 def test_main_loops_are_those_of_the_table(kernels):
     """Which test_statistics.py makes from sources of its own, with flags of its own."""
     for instance, table in json.loads(MAIN_LOOPS.read_text()).items():
+        if instance.startswith("sm_90 "):
+            continue  # what a driver makes of the PTX
         hopper = instance.startswith("sm_90a ")
         type_, dim, *features = instance.removeprefix("sm_90a ").split()
         rest = [] if hopper else [FEATURES[features[0]]]
         for name, entry in table.items():
-            kernel = " ".join(["sm90" if hopper else "sm80", name, TYPES[type_], dim, *rest])
+            kernel = " ".join(
+                ["sm90" if hopper else "sm80", name.replace(" ", "_"), TYPES[type_], dim, *rest]
+            )
             assert kernels[kernel].main_loop == entry["main_loop"]["instructions"], kernel
 
 

@@ -104,15 +104,15 @@ def backward(cuda, problem, inputs):
 
 
 def kinds(cuda) -> list[str]:
-    words = ("pack", "forward", "combine", "row_statistics", "key_gradient", "query_gradient", "fill_outside")
-    return [next(word for word in words if word in name) for name, _, _ in cuda.launches]
+    words = ("pack", "forward", "combine", "row_statistics", "key_gradient", "query_gradient", "fill")
+    return [next(word for word in words if word in name) for name, *_ in cuda.launches]
 
 
 def test_every_launch_is_on_torchs_stream_and_device(cuda):
     for run in (forward, backward):
         run(cuda, *packed())
     assert set(kinds(cuda)) == {
-        "pack", "forward", "row_statistics", "key_gradient", "query_gradient", "fill_outside"
+        "pack", "forward", "row_statistics", "key_gradient", "query_gradient", "fill"
     }  # fmt: skip
     assert {(stream, current) for _, stream, current in cuda.launches} == {(STREAM, True)}
     assert not cuda.current
@@ -131,7 +131,7 @@ TEXTS = {
     "row_statistics": "launching the row statistics",
     "key_gradient": "launching a kernel",
     "query_gradient": "launching a kernel",
-    "fill_outside": "launching a fill",
+    "fill": "launching a fill",
 }
 
 

@@ -87,11 +87,15 @@ def extra_bytes(length: int, heads: int = 1, dtype: torch.dtype = torch.float32)
         lse_bytes = 4 * heads * rows
         found.append(peak_rss() - before - lse_bytes - sum(x.nbytes for x in results))
 
-    for rows in (256, length):  # the first loads what every call needs
-        found.clear()
-        thread = threading.Thread(target=run, args=(rows,))  # its workspace begins and ends with it
-        thread.start()
-        thread.join()
+    threads = torch.get_num_threads()
+    try:
+        for rows in (256, length):  # the first loads what every call needs
+            found.clear()
+            thread = threading.Thread(target=run, args=(rows,))  # its workspace begins and ends with it
+            thread.start()
+            thread.join()
+    finally:
+        torch.set_num_threads(threads)
     return found[0] if found else None
 
 

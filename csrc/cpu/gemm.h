@@ -4,8 +4,7 @@
 // neighbours along K, so K counts pairs, and nothing else differs. C is always fp32.
 //
 //   B    panels of kNR columns: unit (k, n) of a panel at b[k * ld + n], its columns contiguous and aligned
-//   A    by rows (unit (i, k) at a[i * ld + k]) or by columns (at a[k * ld + i]); broadcast one unit at a
-//   time
+//   A    by rows (unit (i, k) at a[i * ld + k]) or by columns (at a[k * ld + i]), each unit broadcast
 //
 // A micro-kernel keeps a block of up to 6 rows x kNR columns of C in registers for the whole of K: per step
 // kNV loads of B and 6 broadcasts of A feed 6 * kNV multiply-adds (Goto and van de Geijn 2008). Where bf16

@@ -17,9 +17,14 @@ fastattn_status validate_backward(const fastattn_problem* p, const fastattn_back
 fastattn_status validate_hidden_dropout(const fastattn_hidden_dropout* io);
 fastattn_status validate_executor(const fastattn_executor* e);
 fastattn_status validate_dropout_p(float p);
+fastattn_status validate_dropout_mask(float p, int64_t batch, int64_t num_heads, int64_t seqlen_q,
+                                      int64_t seqlen_k, const uint8_t* keep);
 
 // Runs worker(work) on the executor's threads and returns when all are done.
 void run_on_threads(const fastattn_executor* executor, Worker worker, Work* work);
+
+// Sums that several threads form; nullptr if there is no memory, else freed by free().
+float* allocate_sums(int64_t count);
 
 }  // namespace fastattn
 

@@ -12,7 +12,7 @@ namespace fastattn {
 // the group's head t / T. Key passes use key tiles instead. Every entry stands for num_kv_heads units.
 struct Entry {
   int64_t b, begin, end;
-  int64_t cost;  // visible (query, key) pairs, for handing out the longest first
+  int64_t cost;  // visible (query, key) pairs, for handing out the longest first; see plan.h
   // Few queries against many keys: this part of the keys alone, its sums kept in slot `slot` of
   // Work::partials; a merge entry joins `splits` slots from there on.
   int64_t key_begin = 0, key_end = INT64_MAX, slot = -1, splits = 0;

@@ -1,8 +1,8 @@
 // From the caller's tensors (any of three dtypes, any strides) to the operands of gemm.h, and back.
 //
-//   rows       row-major units, zero-padded to a whole vector: the A operand, and for fp32 also B with K =
-//   rows interleave for bf16 pairs: two neighbouring rows in each unit: B with K = rows panels     the
-//   transpose of rows, in panels of kNR: B with K = head_dim
+// - rows: row-major units, zero-padded to a whole vector: the A operand, and for fp32 also B with K = rows
+// - interleave: for bf16 pairs, two neighbouring rows in each unit: B with K = rows
+// - panels: the transpose of rows, in panels of kNR: B with K = head_dim
 //
 // No load reaches beyond the last element of a row: tails go through a zeroed buffer.
 #ifndef FASTATTN_CPU_PACK_H

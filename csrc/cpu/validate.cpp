@@ -4,6 +4,7 @@
 #include <stdio.h>
 
 #include <initializer_list>
+#include <utility>
 
 #include "internal.h"
 
@@ -43,16 +44,12 @@ struct Axis {
 };
 
 // Addresses must be computable: no stride is negative, and the last element's offset in bytes fits in 64
-// bits. least: the smallest stride between elements that are written, so that none is written twice; 0 for
-// inputs.
-fastattn_status check_span(const char* name, std::initializer_list<Axis> axes, int64_t row, int64_t least) {
+// bits.
+fastattn_status check_span(const char* name, std::initializer_list<Axis> axes, int64_t row) {
   int64_t span = row;
   for (const Axis& axis : axes) {
     REQUIRE(axis.stride >= 0 || axis.size <= 1, "%s.stride_%s is %lld; it must not be negative.", name,
             axis.name, (long long)axis.stride);
-    REQUIRE(axis.stride >= least || axis.size <= 1,
-            "%s.stride_%s is %lld; rows of %lld that are written would overlap.", name, axis.name,
-            (long long)axis.stride, (long long)least);
     int64_t step = 0;
     const bool overflows = axis.size > 1 && (__builtin_mul_overflow(axis.size - 1, axis.stride, &step) ||
                                              __builtin_add_overflow(span, step, &span));
@@ -63,39 +60,99 @@ fastattn_status check_span(const char* name, std::initializer_list<Axis> axes, i
   return FASTATTN_OK;
 }
 
-enum class Use { kRead, kWritten };
+// Arrays that one call writes: none holds an element twice, and no two share one.
+class Outputs {
+ public:
+  // Rows of `row` contiguous elements of `width` bytes. The axes have passed check_span.
+  fastattn_status add(const char* name, const void* data, int64_t width, std::initializer_list<Axis> axes,
+                      int64_t row) {
+    if (row <= 0) return FASTATTN_OK;
+    Output& added = all_[count_++];
+    added = {name, (uintptr_t)data, width, row, {}, 0};
+    for (const Axis& axis : axes) {
+      if (axis.size == 0) return --count_, FASTATTN_OK;
+      if (axis.size == 1) continue;
+      int at = added.axes_used++;
+      for (; at > 0 && added.axes[at - 1].stride < axis.stride; --at) added.axes[at] = added.axes[at - 1];
+      added.axes[at] = axis;
+    }
+    int64_t inside = row;
+    for (int i = added.axes_used - 1; i >= 0; inside += (added.axes[i].size - 1) * added.axes[i].stride, --i)
+      REQUIRE(added.axes[i].stride >= inside,
+              "%s.stride_%s is %lld; parts of %lld elements that are written would overlap.", name,
+              added.axes[i].name, (long long)added.axes[i].stride, (long long)inside);
+    for (int i = 0; i + 1 < count_; ++i) {
+      const Output& other = all_[i];
+      REQUIRE(!holds_start_of(other, added) && !holds_start_of(added, other),
+              "%s and %s, which are both written, share memory.", other.name, name);
+    }
+    return FASTATTN_OK;
+  }
 
-// q, k, v, out or a gradient; one of no rows may be null.
+ private:
+  struct Output {
+    const char* name;
+    uintptr_t data;
+    int64_t width, row;
+    Axis axes[4];  // of more than one element, the longest stride first
+    int axes_used;
+  };
+
+  // Two arrays may lie interleaved in one, as the gradients of a packed projection do; whole ones that
+  // overlap hold the start of one another.
+  static bool holds_start_of(const Output& a, const Output& b) {
+    if (b.data < a.data) return false;
+    uintptr_t left = (b.data - a.data) / (uintptr_t)a.width;
+    for (int i = 0; i < a.axes_used; ++i) {
+      if (left / (uintptr_t)a.axes[i].stride >= (uintptr_t)a.axes[i].size) return false;
+      left %= (uintptr_t)a.axes[i].stride;
+    }
+    return left < (uintptr_t)a.row;
+  }
+
+  Output all_[5];
+  int count_ = 0;
+};
+
+// q, k, v, out or a gradient; one of no rows may be null. `outputs`: null for what is only read.
 fastattn_status check_tensor(const char* name, const fastattn_tensor& t, const fastattn_problem& p,
-                             bool of_queries, int64_t columns, Use use) {
+                             bool of_queries, int64_t columns, Outputs* outputs = nullptr) {
   const bool packed = p.cu_seqlens_q != nullptr;
   const int64_t heads = of_queries ? p.num_heads : p.num_kv_heads;
   const int64_t rows = of_queries ? (packed ? p.total_q : p.seqlen_q) : (packed ? p.total_k : p.seqlen_k);
   if (rows == 0 || (p.batch == 0 && !packed)) return FASTATTN_OK;
   REQUIRE(t.data != nullptr, "%s is a null pointer.", name);
-  return check_span(
-      name, {{"b", packed ? 1 : p.batch, t.stride_b}, {"h", heads, t.stride_h}, {"n", rows, t.stride_n}},
-      columns, use == Use::kWritten ? columns : 0);
+  const std::initializer_list<Axis> axes = {
+      {"b", packed ? 1 : p.batch, t.stride_b}, {"h", heads, t.stride_h}, {"n", rows, t.stride_n}};
+  CHECK(check_span(name, axes, columns));
+  const bool fp32 = p.dtype == FASTATTN_F32 || p.dtype == FASTATTN_F32_BF16_PRODUCTS;
+  return outputs == nullptr ? FASTATTN_OK : outputs->add(name, t.data, fp32 ? 4 : 2, axes, columns);
 }
 
 // lse, dlse: a number for each query.
 fastattn_status check_statistic(const char* name, const float* data, int64_t stride_b, int64_t stride_h,
-                                const fastattn_problem& p, Use use) {
+                                const fastattn_problem& p, Outputs* outputs = nullptr) {
   const bool packed = p.cu_seqlens_q != nullptr;
   const int64_t rows = packed ? p.total_q : p.seqlen_q;
   if (data == nullptr || rows == 0) return FASTATTN_OK;
-  return check_span(name, {{"b", packed ? 1 : p.batch, stride_b}, {"h", p.num_heads, stride_h}}, rows,
-                    use == Use::kWritten ? rows : 0);
+  const std::initializer_list<Axis> axes = {{"b", packed ? 1 : p.batch, stride_b},
+                                            {"h", p.num_heads, stride_h}};
+  CHECK(check_span(name, axes, rows));
+  return outputs == nullptr ? FASTATTN_OK : outputs->add(name, data, 4, axes, rows);
 }
 
-fastattn_status check_bias(const char* name, const fastattn_bias& bias, const fastattn_problem& p) {
+// The gradient of a bias is summed over the axes of stride 0.
+fastattn_status check_bias(const char* name, const fastattn_bias& bias, const fastattn_problem& p,
+                           Outputs* outputs = nullptr) {
   if (bias.data == nullptr) return FASTATTN_OK;
-  return check_span(name,
-                    {{"b", p.batch, bias.stride_b},
-                     {"h", p.num_heads, bias.stride_h},
-                     {"q", p.seqlen_q, bias.stride_q},
-                     {"k", p.seqlen_k, bias.stride_k}},
-                    1, 0);
+  const auto axis = [](const char* axis_name, int64_t size, int64_t stride) {
+    return Axis{axis_name, stride == 0 && size > 0 ? 1 : size, stride};
+  };
+  const std::initializer_list<Axis> axes = {
+      axis("b", p.batch, bias.stride_b), axis("h", p.num_heads, bias.stride_h),
+      axis("q", p.seqlen_q, bias.stride_q), axis("k", p.seqlen_k, bias.stride_k)};
+  CHECK(check_span(name, axes, 1));
+  return outputs == nullptr ? FASTATTN_OK : outputs->add(name, bias.data, 4, axes, 1);
 }
 
 fastattn_status validate_problem(const fastattn_problem* p) {
@@ -135,18 +192,18 @@ fastattn_status validate_problem(const fastattn_problem* p) {
   REQUIRE(p->bias.data == nullptr || (p->bias_dtype >= FASTATTN_F32 && p->bias_dtype <= FASTATTN_BF16),
           "bias_dtype is %d; it must be 0, 1 or 2.", p->bias_dtype);
   REQUIRE(p->reserved0 == 0, "problem.reserved0 is %d; it must be 0.", p->reserved0);
-  CHECK(check_tensor("q", p->q, *p, true, p->head_dim, Use::kRead));
-  CHECK(check_tensor("k", p->k, *p, false, p->head_dim, Use::kRead));
-  CHECK(check_tensor("v", p->v, *p, false, p->head_dim_v, Use::kRead));
+  CHECK(check_tensor("q", p->q, *p, true, p->head_dim));
+  CHECK(check_tensor("k", p->k, *p, false, p->head_dim));
+  CHECK(check_tensor("v", p->v, *p, false, p->head_dim_v));
   CHECK(check_bias("bias", p->bias, *p));
   if (p->key_mask != nullptr)
-    CHECK(check_span("key_mask", {{"b", p->batch, p->key_mask_stride_b}}, p->seqlen_k, 0));
+    CHECK(check_span("key_mask", {{"b", p->batch, p->key_mask_stride_b}}, p->seqlen_k));
   if (p->relative_bias != nullptr)
     CHECK(check_span("relative_bias", {{"h", p->num_heads, p->relative_bias_stride_h}},
-                     p->seqlen_q + p->seqlen_k, 0));
+                     p->seqlen_q + p->seqlen_k));
   if (p->alibi_slopes != nullptr)
     CHECK(check_span("alibi_slopes",
-                     {{"b", p->batch, p->alibi_stride_b}, {"h", p->num_heads, p->alibi_stride_h}}, 1, 0));
+                     {{"b", p->batch, p->alibi_stride_b}, {"h", p->num_heads, p->alibi_stride_h}}, 1));
   return FASTATTN_OK;
 }
 
@@ -169,6 +226,19 @@ fastattn_status validate_dropout_p(float p) {
   return FASTATTN_OK;
 }
 
+fastattn_status validate_dropout_mask(float p, int64_t batch, int64_t num_heads, int64_t seqlen_q,
+                                      int64_t seqlen_k, const uint8_t* keep) {
+  CHECK(validate_dropout_p(p));
+  int64_t count = 1;
+  for (const auto& [name, size] : {std::pair{"batch", batch}, std::pair{"num_heads", num_heads},
+                                   std::pair{"seqlen_q", seqlen_q}, std::pair{"seqlen_k", seqlen_k}}) {
+    REQUIRE(size >= 0 && size < kMostRows, "%s is %lld; it must be in 0..2^31-1.", name, (long long)size);
+    REQUIRE(!__builtin_mul_overflow(count, size, &count), "a mask of that size does not fit into memory.");
+  }
+  REQUIRE(keep != nullptr || count == 0, "keep is a null pointer.");
+  return FASTATTN_OK;
+}
+
 fastattn_status validate_hidden_dropout(const fastattn_hidden_dropout* io) {
   REQUIRE(io != nullptr, "io is a null pointer.");
   REQUIRE(io->struct_size == sizeof(*io), "io.struct_size is %u; this library's io has %zu bytes.",
@@ -184,6 +254,10 @@ fastattn_status validate_hidden_dropout(const fastattn_hidden_dropout* io) {
           (long long)io->columns);
   REQUIRE(io->rows * io->columns == 0 || (io->x != nullptr && io->out != nullptr),
           "x or out is a null pointer.");
+  const uintptr_t x = (uintptr_t)io->x, out = (uintptr_t)io->out, apart = x < out ? out - x : x - out;
+  REQUIRE(apart == 0 || apart / (io->dtype == FASTATTN_F32 ? 4 : 2) >= (uintptr_t)(io->rows * io->columns),
+          "out begins %llu bytes from x, inside it; the two may be the same memory, or memory apart.",
+          (unsigned long long)apart);
   if (io->cu_seqlens == nullptr) {
     REQUIRE(io->seqlen >= 1, "seqlen is %lld; it must be positive.", (long long)io->seqlen);
     return FASTATTN_OK;
@@ -209,8 +283,9 @@ fastattn_status validate_forward(const fastattn_problem* p, const fastattn_forwa
   REQUIRE(r->struct_size == sizeof(*r), "result.struct_size is %u; this library's result has %zu bytes.",
           r->struct_size, sizeof(*r));
   REQUIRE(r->reserved0 == 0, "result.reserved0 is %u; it must be 0.", r->reserved0);
-  CHECK(check_tensor("out", r->out, *p, true, p->head_dim_v, Use::kWritten));
-  return check_statistic("lse", r->lse, r->lse_stride_b, r->lse_stride_h, *p, Use::kWritten);
+  Outputs outputs;
+  CHECK(check_tensor("out", r->out, *p, true, p->head_dim_v, &outputs));
+  return check_statistic("lse", r->lse, r->lse_stride_b, r->lse_stride_h, *p, &outputs);
 }
 
 fastattn_status validate_backward(const fastattn_problem* p, const fastattn_backward_io* io) {
@@ -219,22 +294,24 @@ fastattn_status validate_backward(const fastattn_problem* p, const fastattn_back
   REQUIRE(io->struct_size == sizeof(*io), "io.struct_size is %u; this library's io has %zu bytes.",
           io->struct_size, sizeof(*io));
   REQUIRE(io->reserved0 == 0, "io.reserved0 is %u; it must be 0.", io->reserved0);
-  CHECK(check_tensor("out", io->out, *p, true, p->head_dim_v, Use::kRead));
-  CHECK(check_tensor("dout", io->dout, *p, true, p->head_dim_v, Use::kRead));
-  if (io->dq.data) CHECK(check_tensor("dq", io->dq, *p, true, p->head_dim, Use::kWritten));
-  if (io->dk.data) CHECK(check_tensor("dk", io->dk, *p, false, p->head_dim, Use::kWritten));
-  if (io->dv.data) CHECK(check_tensor("dv", io->dv, *p, false, p->head_dim_v, Use::kWritten));
-  CHECK(check_statistic("lse", io->lse, io->lse_stride_b, io->lse_stride_h, *p, Use::kRead));
-  CHECK(check_statistic("dlse", io->dlse, io->dlse_stride_b, io->dlse_stride_h, *p, Use::kRead));
-  CHECK(check_bias("dbias", io->dbias, *p));
+  CHECK(check_tensor("out", io->out, *p, true, p->head_dim_v));
+  CHECK(check_tensor("dout", io->dout, *p, true, p->head_dim_v));
+  Outputs outputs;
+  if (io->dq.data) CHECK(check_tensor("dq", io->dq, *p, true, p->head_dim, &outputs));
+  if (io->dk.data) CHECK(check_tensor("dk", io->dk, *p, false, p->head_dim, &outputs));
+  if (io->dv.data) CHECK(check_tensor("dv", io->dv, *p, false, p->head_dim_v, &outputs));
+  CHECK(check_statistic("lse", io->lse, io->lse_stride_b, io->lse_stride_h, *p));
+  CHECK(check_statistic("dlse", io->dlse, io->dlse_stride_b, io->dlse_stride_h, *p));
+  CHECK(check_bias("dbias", io->dbias, *p, &outputs));
   REQUIRE(no_queries(*p) || io->lse != nullptr, "lse is a null pointer; backward needs forward's lse.");
   REQUIRE(io->dbias.data == nullptr || p->bias.data != nullptr, "dbias is wanted, but there is no bias.");
   REQUIRE(io->drelative_bias == nullptr || p->relative_bias != nullptr,
           "drelative_bias is wanted, but there is no relative_bias.");
-  if (io->drelative_bias != nullptr)
-    CHECK(check_span("drelative_bias", {{"h", p->num_heads, io->drelative_bias_stride_h}},
-                     p->seqlen_q + p->seqlen_k - 1, p->seqlen_q + p->seqlen_k - 1));
-  return FASTATTN_OK;
+  if (io->drelative_bias == nullptr) return FASTATTN_OK;
+  const int64_t diagonals = p->seqlen_q + p->seqlen_k - 1;
+  const std::initializer_list<Axis> axes = {{"h", p->num_heads, io->drelative_bias_stride_h}};
+  CHECK(check_span("drelative_bias", axes, diagonals));
+  return outputs.add("drelative_bias", io->drelative_bias, 4, axes, diagonals);
 }
 
 }  // namespace fastattn

@@ -25,7 +25,6 @@ typedef float vf __attribute__((vector_size(kVectorBytes)));
 typedef int32_t vi __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t vu __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t vu16 __attribute__((vector_size(kVectorBytes / 2)));
-typedef uint8_t vu8 __attribute__((vector_size(kVectorBytes / 4)));
 
 FASTATTN_ALWAYS vi as_int(vf x) { return (vi)x; }
 FASTATTN_ALWAYS vu as_uint(vf x) { return (vu)x; }

@@ -1,7 +1,8 @@
-// One grow-only workspace per thread, freed when the thread ends.
+// One grow-only workspace per thread, freed when the thread ends, and the buffers that threads share.
 #include <stdlib.h>
+#include <string.h>
 
-#include "kernels.h"
+#include "internal.h"
 
 namespace fastattn {
 namespace {
@@ -14,7 +15,22 @@ struct ThreadWorkspace {
 
 thread_local ThreadWorkspace workspace;
 
+// In the builds that tests use all memory holds NaN at first (0xff in every byte, in each dtype), so that a
+// result which a byte of an earlier call has reached cannot look right.
+void poison([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
+#if defined(FASTATTN_POISON)
+  if (data != nullptr) memset(data, 0xff, bytes);
+#endif
+}
+
 }  // namespace
+
+float* allocate_sums(int64_t count) {
+  const size_t bytes = (size_t)count * sizeof(float);
+  float* const sums = (float*)malloc(bytes);
+  poison(sums, bytes);
+  return sums;
+}
 
 void* thread_workspace(size_t bytes) {
   if (bytes > workspace.size || workspace.data == nullptr) {
@@ -26,6 +42,7 @@ void* thread_workspace(size_t bytes) {
     workspace.data = data;
     if (data != nullptr) workspace.size = rounded;
   }
+  poison(workspace.data, workspace.size);
   return workspace.data;
 }
 

@@ -60,22 +60,30 @@ Case random_case(Random& random) {
     const int64_t sizes[] = {0, 1, 2, 7, 16, 17, 31, 33, 64, 65, 100, 129, 150};
     return chance(4) ? sizes[0] : sizes[1 + below(12)];
   };
+  // Now and then several key tiles, in a problem that is small otherwise, because the reference is slow.
+  const bool long_keys = chance(15);
+  auto length_k = [&](int64_t length_q) {
+    const int64_t sizes[] = {255, 256, 257, 300, 513, 700};
+    if (long_keys && chance(80)) return sizes[below(6)];
+    return chance(55) ? length_q : length();
+  };
   const int64_t dims[] = {1, 3, 8, 16, 20, 32, 33, 48, 64, 72, 80, 96, 128, 130, 256};
+  const int64_t usual_dims = long_keys ? 9 : 13;
   Case c;
   c.random_seed = random();
   c.dtype = static_cast<int>(below(4));
-  c.num_kv_heads = 1 + below(3);
-  c.num_heads = c.num_kv_heads * (1 + below(3));
-  c.head_dim = dims[chance(8) ? 13 + below(2) : below(13)];
-  c.head_dim_v = chance(70) ? c.head_dim : dims[below(13)];
+  c.num_kv_heads = 1 + below(long_keys ? 2 : 3);
+  c.num_heads = c.num_kv_heads * (1 + below(long_keys ? 2 : 3));
+  c.head_dim = dims[!long_keys && chance(8) ? 13 + below(2) : below(usual_dims)];
+  c.head_dim_v = chance(70) ? c.head_dim : dims[below(usual_dims)];
   c.softmax_scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(c.head_dim)));
-  c.batch = 1 + below(3);
-  c.seqlen_q = length();
-  c.seqlen_k = chance(50) ? c.seqlen_q : length();
+  c.batch = 1 + below(long_keys ? 2 : 3);
+  c.seqlen_q = long_keys && chance(10) ? 300 : length();
+  c.seqlen_k = length_k(c.seqlen_q);
   if (chance(35)) {
     for (int64_t b = 0; b < c.batch; ++b) {
       c.lengths_q.push_back(chance(10) ? 0 : length());
-      c.lengths_k.push_back(chance(60) ? c.lengths_q.back() : length());
+      c.lengths_k.push_back(length_k(c.lengths_q.back()));
     }
     c.seqlen_q = longest(c.lengths_q);
     c.seqlen_k = longest(c.lengths_k);
@@ -83,8 +91,9 @@ Case random_case(Random& random) {
     c.key_mask = static_cast<KeyMask>(1 + below(4));
   }
   c.causal = chance(40);
-  if (chance(25)) c.window_left = below(40);
-  if (chance(20)) c.window_right = below(40);
+  const int64_t reach = long_keys ? 400 : 40;
+  if (chance(25)) c.window_left = below(reach);
+  if (chance(20)) c.window_right = below(reach);
   if (chance(20)) c.softcap = 2.0f;
   if (chance(25)) c.dropout_p = chance(50) ? 0.1f : 0.5f;
   c.dropout_seed = random();

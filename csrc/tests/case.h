@@ -1,7 +1,6 @@
 // A Case says what to compute; an Instance holds its arrays and the structs of the C ABI that point to them.
 #pragma once
 
-#include <memory>
 #include <string>
 
 #include "array.h"
@@ -40,7 +39,7 @@ struct Case {
   std::string describe() const;
 };
 
-// Small random problems with every feature and every combination.
+// Small random problems with every feature and every combination, some of them of several key tiles.
 Case random_case(Random& random);
 
 class Instance {
@@ -78,7 +77,6 @@ class Instance {
   Array rows(int dtype, int64_t batch, int64_t heads, int64_t length, int64_t columns) const;
   int64_t offsets_q_at(int64_t b) const { return reinterpret_cast<int32_t*>(offsets_q_.data())[b]; }
   int64_t offsets_k_at(int64_t b) const { return reinterpret_cast<int32_t*>(offsets_k_.data())[b]; }
-  void make_offsets();
   void make_key_mask(Random& random);
   void make_biases(Random& random);
   void describe_problem();

@@ -13,6 +13,7 @@ size_t elements(const Array& array) {
 }  // namespace
 
 bool keeps(uint64_t seed, float dropout_p, int64_t b, int64_t h, int64_t i, int64_t j) {
+  if (dropout_p == 0) return true;
   uint32_t c[4] = {static_cast<uint32_t>(i), static_cast<uint32_t>(j / 128 * 16 + j % 16),
                    static_cast<uint32_t>(h), static_cast<uint32_t>(b)};
   uint32_t key[2] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};

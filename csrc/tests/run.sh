@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 fuzz_seconds=${FASTATTN_FUZZ_SECONDS:-10}
+fuzz_seed=${FASTATTN_FUZZ_SEED:-$(date +%s)} # new problems in each run
 
 build() { # name, then arguments of CMake
   local tree=build/tests-$1
@@ -24,25 +25,30 @@ each_isa() { # binary, then a prefix
   done
 }
 
-# The library as it is installed, on all instruction sets.
+# The kernels as they are installed, on all instruction sets.
 plain() {
-  local library=("$PWD"/fastattn/_native/libfastattn_cpu.*)
+  cmake --build build/native --target fastattn_cpu_poisoned -- --quiet
+  local library=("$PWD"/build/native/libfastattn_cpu_poisoned.*)
   build plain -DFASTATTN_LIBRARY="${library[0]}"
   each_isa build/tests-plain/abi_tests
 }
 
-# What sanitizers see does not need every instruction set: the best one of this machine, and the wide vectors
-# emulated where it has none. libFuzzer where clang brings it; the seeded driver everywhere.
+# What sanitizers see does not need every instruction set: the best one of this machine, and those above it
+# emulated. libFuzzer where clang brings it; the seeded driver everywhere.
 asan() {
-  build asan -DFASTATTN_SANITIZE=address,undefined -DFASTATTN_EMULATE_WIDE="$(narrow)" \
-    -DFASTATTN_ISAS="$(best);emulated512;emulated512_bf16;emulated512_amx"
+  local above
+  above=$(emulated)
+  build asan -DFASTATTN_SANITIZE=address,undefined -DFASTATTN_EMULATE_WIDE="${above:+ON}" \
+    -DFASTATTN_ISAS="$(best);$above"
   FASTATTN_TEST_CASES=40 each_isa build/tests-asan/abi_tests
-  build/tests-asan/fuzz_problem "$fuzz_seconds"
+  fuzz
   if echo 'int main(){}' | clang++ -fsanitize=fuzzer-no-link,address -x c++ - -o /dev/null 2>/dev/null; then
     build fuzz -DCMAKE_CXX_COMPILER=clang++ -DFASTATTN_SANITIZE=address,undefined -DFASTATTN_LIBFUZZER=ON \
-      -DFASTATTN_ISAS=none
-    if ! build/tests-fuzz/fuzz_problem -max_total_time="$fuzz_seconds" -max_len=400 -seed=1 \
-      -artifact_prefix=build/tests-fuzz/ 2>build/tests-fuzz/log; then
+      -DFASTATTN_ISAS="$(best)"
+    mkdir -p build/tests-fuzz/corpus
+    build/tests-asan/fuzz_problem --corpus build/tests-fuzz/corpus
+    if ! build/tests-fuzz/fuzz_problem -max_total_time="$fuzz_seconds" -max_len=400 -seed="$fuzz_seed" \
+      -artifact_prefix=build/tests-fuzz/ build/tests-fuzz/corpus 2>build/tests-fuzz/log; then
       tail -n 60 build/tests-fuzz/log
       return 1
     fi
@@ -52,9 +58,18 @@ asan() {
   fi
 }
 
+# Each instruction set gets its share of the time, and problems of its own.
+fuzz() {
+  local all seed=$fuzz_seed
+  read -ra all <<<"$(isas build/tests-asan/abi_tests)"
+  for isa in "${all[@]}"; do
+    FASTATTN_CPU_ISA=$isa build/tests-asan/fuzz_problem $((fuzz_seconds / ${#all[@]} + 1)) $((seed++))
+  done
+}
+
 tsan() {
   build tsan -DFASTATTN_SANITIZE=thread -DFASTATTN_ISAS="$(best)"
-  FASTATTN_TEST_CASES=20 build/tests-tsan/abi_tests threads neighbours plain
+  FASTATTN_TEST_CASES=20 build/tests-tsan/abi_tests threads neighbours plain_shapes
 }
 
 best() { # of the library that plain built its tests for
@@ -63,8 +78,11 @@ best() { # of the library that plain built its tests for
   echo "${all##* }"
 }
 
-narrow() {
-  case $(best) in avx2) echo ON ;; *) echo OFF ;; esac
+emulated() { # what this machine runs in software only
+  case $(best) in
+  avx2) echo "emulated512;emulated512_bf16;emulated512_amx" ;;
+  avx512*) echo "emulated512_bf16;emulated512_amx" ;;
+  esac
 }
 
 aarch64() {

@@ -86,7 +86,9 @@ TEST(hidden_dropout_malformed) {
                       Spoil([](fastattn_hidden_dropout& io) { io.dropout_p = 1.0f; }),
                       Spoil([](fastattn_hidden_dropout& io) { io.reserved0 = 1; }),
                       Spoil([](fastattn_hidden_dropout& io) { io.x = nullptr; }),
-                      Spoil([](fastattn_hidden_dropout& io) { io.out = nullptr; })}) {
+                      Spoil([](fastattn_hidden_dropout& io) { io.out = nullptr; }),
+                      Spoil([](fastattn_hidden_dropout& io) { io.out = (float*)io.x + 1; }),
+                      Spoil([](fastattn_hidden_dropout& io) { io.x = (float*)io.out + 1; })}) {
     all.push_back(io_of(x, out));
     spoil(all.back());
   }

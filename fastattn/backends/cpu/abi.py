@@ -15,7 +15,7 @@ from torch import Tensor
 from ...problem import AttentionInputs, AttentionProblem
 
 ABI_VERSION = 1
-STATUS_OK, STATUS_INVALID_ARGUMENT, STATUS_UNSUPPORTED, STATUS_OUT_OF_MEMORY, STATUS_DEVICE_ERROR = range(5)
+STATUS_OK, STATUS_INVALID_ARGUMENT, STATUS_UNSUPPORTED, STATUS_OUT_OF_MEMORY = range(4)
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _F32_BF16_PRODUCTS = 3
 

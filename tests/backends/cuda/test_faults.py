@@ -65,7 +65,7 @@ NO_TAIL = "rows outside read"
 KERNELS = {
     "forward": Kernel("8fastattn7forward", FORWARD, missed={
         NO_TAIL: 2,
-        # Of a split, the first columns are inside, and four lanes write the same lse.
+        # Of a split: four lanes write the same lse, the first column is inside, and three are other queries'.
         "columns outside written": 5,
     }),
     "combine": Kernel("7combineINS_4Half", SPLITS),

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 import peft
-from zoo import BACKEND, ENCODERS, batch, build, decoder, labels_for, run
+from zoo import BACKEND, ENCODERS, ZOO, batch, build, decoder, labels_for, run, specimen, training_inputs
 
 from fastattn.errors import InvalidArgumentError
 from fastattn.finetune.measure import SavedBytes
@@ -140,6 +140,13 @@ def test_decoders(family):
     inputs = batch("right")
     inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     assert check(model, inputs) < 0.75
+
+
+@pytest.mark.parametrize("name", ["albert", "modernbert", "gemma2", "phi3", "t5", "bart"])
+def test_other_families(name):
+    torch.manual_seed(0)
+    model = lora(specimen(name).train(), list(ZOO[name].lora), task_type=None)
+    assert check(model, training_inputs(name, padding="right")) < 0.7
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -40,10 +40,11 @@ KERNELS = {
 FEATURES = ("left", "right", "key_mask", "bias", "relative_bias", "alibi", "softcap", "dropout", "packed")
 ARCHITECTURES: tuple[Arch, ...] = (80, 86, 89, 90, 100, 120, "gfx90a", "gfx942", "gfx1100")
 
-# KiB of shared memory a block may have, KiB a multiprocessor has, and the warps it holds.
+# KiB of shared memory a block may have, KiB a multiprocessor has, and the warps and blocks it holds.
 _SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 _SHARED_OF_SM = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
 _WARPS_OF_SM = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
+_BLOCKS_OF_SM = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
 _AMD_SHARED_LIMIT = 64
 
 _ITEMSIZE = {"fp16": 2, "bf16": 2, "fp32": 4}
@@ -217,6 +218,7 @@ def _nvidia(variant: Variant, compiled: CompiledKernel) -> dict[str, object]:
         65536 // (registers * 32 * warps),
         _SHARED_OF_SM[arch] * 1024 // (shared + 1024),
         _WARPS_OF_SM[arch] // warps,
+        _BLOCKS_OF_SM[arch],
     )
     return used | {
         "shared_limit": _SHARED_LIMIT[arch] * 1024,
@@ -267,6 +269,7 @@ def shipped(architectures: Iterable[Arch], head_dims: Iterable[int], dtypes: Ite
                 variants.append(Variant("drelative_bias", arch, head_dim, dtype, relative))
                 variants.append(Variant("delta", arch, head_dim, dtype))
                 variants.append(Variant("merge", arch, head_dim, dtype))
+                variants.append(Variant("join_diagonals", arch, head_dim, dtype))
     return variants
 
 

@@ -32,6 +32,7 @@ FEATURES = {
     "grouped heads": lambda c: c.group > 1,
     "bias": lambda c: c.bias is not None,
     "gradient of bias": lambda c: "bias" in c.wanted,
+    "gradient of a bias that broadcasts": lambda c: "bias" in c.wanted and not all(c.bias),
     "relative_bias": lambda c: c.relative_bias,
     "gradient of relative_bias": lambda c: "relative_bias" in c.wanted,
     "ALiBi": lambda c: c.alibi is not None,
@@ -39,6 +40,9 @@ FEATURES = {
     "dropout": lambda c: "dropout_p" in c.options,
     "seed on the device": lambda c: torch.is_tensor(c.options.get("seed")),
     "gradient through lse": lambda c: c.use_lse,
+    "gradient of k alone": lambda c: c.wanted == ("k",),
+    "gradient of v alone": lambda c: c.wanted == ("v",),
+    "gradient of q alone": lambda c: c.wanted == ("q",),
     "few queries, many keys": _decoding,
     "head_dim 128": lambda c: c.head_dim == 128,
     "head_dim 256": lambda c: c.head_dim == 256,
@@ -48,7 +52,7 @@ FEATURES = {
     "rows without 16-byte alignment": lambda c: c.layout == "sliced",
 }
 TF32 = "TF32 (float32_matmul_precision)"
-ONLY_BACKWARD = ("gradient of bias", "gradient of relative_bias", "gradient through lse")
+ONLY_BACKWARD = tuple(name for name in FEATURES if name.startswith("gradient"))
 ONLY_FORWARD = ("few queries, many keys",)
 
 

@@ -15,9 +15,17 @@ SEED_ON_DEVICE = torch.tensor([12345678912345])
 """By its shape: see doubles.py."""
 
 
+# Long enough that every kernel's unmasked loop turns five times and more, with its ring of stages full: the
+# tiles are up to 128 keys (forward, dq) or 64 queries (dk/dv). test_simulated.py holds that they do.
+DEEP = {
+    f"deep-{name}{head_dim}": case(lengths=((330, keys),), head_dim=head_dim, options=options)
+    for head_dim in (64, 128)
+    for name, keys, options in (("", 700, {}), ("causal-", 1000, {"causal": True}))
+}
 QUICK = {
     "fp16-plain": case(),
     "bf16-causal-gqa": case(torch.bfloat16, options={"causal": True}, group=2),
+    "deep-causal-64": DEEP["deep-causal-64"],
 }
 _IN_BOTH = {
     "key_mask": dict(mask=0.3),
@@ -46,6 +54,15 @@ _IN_FP16 = {
     ),
 }  # fmt: skip
 SLOW = {
+    **{name: deep for name, deep in DEEP.items() if name not in QUICK},
+    "fp16-causal-dk": case(options={"causal": True}, group=2, wanted=("k",)),
+    "fp16-causal-dv": case(options={"causal": True}, group=2, wanted=("v",)),
+    "fp16-causal-dq": case(options={"causal": True}, group=2, wanted=("q",)),
+    "bf16-packed-dk": case(torch.bfloat16, ((70, 83), (33, 20)), packed=True, wanted=("k",)),
+    "fp16-biases-alone": case(
+        bias=(False, True, True, False), relative_bias=True, wanted=("bias", "relative_bias")
+    ),
+    "fp16-bias-of-keys": case(lengths=((70, 83),) * 2, bias=(True, False, False, True), wanted=BIASES[:4]),
     "bf16-plain": case(torch.bfloat16),
     **{f"fp16-{name}": case(**fields) for name, fields in (_IN_BOTH | _IN_FP16).items()},
     **{f"bf16-{name}": case(torch.bfloat16, **fields) for name, fields in _IN_BOTH.items()},

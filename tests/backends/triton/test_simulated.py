@@ -6,12 +6,14 @@ float64 reference.
 """
 
 import oracle
+import prefixes
 import pytest
 import torch
 from ptxsim import why_no_triton
-from simulated_cases import QUICK, SLOW, TF32
+from simulated_cases import DEEP, QUICK, SLOW, TF32
 
 import fastattn
+from fastattn.backends.triton import configs
 
 pytestmark = pytest.mark.skipif(why_no_triton() is not None, reason=str(why_no_triton()))
 
@@ -39,6 +41,28 @@ def test_attention(name, arch, simulate, poisoned):
 def test_feature(name, arch, simulate, poisoned):
     simulate(arch)
     oracle.check(SLOW[name], "triton")
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("name", DEEP)
+def test_deep_cases_turn_every_main_loop_five_times(name, arch):
+    case = DEEP[name]
+    ((queries, keys),) = case.lengths
+    shape = (case.head_dim, case.head_dim, 2)
+    forward, dq = configs.forward_config(arch, *shape), configs.dq_config(arch, *shape)
+    dkdv = configs.dkdv_config(arch, *shape)
+    unmasked = keys - queries if case.options.get("causal") else keys  # that the first query sees
+    assert unmasked // (forward.block_n * (2 if forward.paired else 1)) >= 5
+    assert unmasked // dq.block_n >= 5
+    assert queries // dkdv.block_m >= 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+def test_prefix(arch, simulate, poisoned):
+    runs = simulate(arch)
+    prefixes.check(torch.float16, 4e-3)
+    assert kernels_of(runs).count("forward_kernel") == kernels_of(runs).count("dkdv_kernel") == 2
 
 
 @pytest.fixture

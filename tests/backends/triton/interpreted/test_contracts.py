@@ -3,6 +3,7 @@
 import importlib
 import math
 
+import prefixes
 import pytest
 import torch
 from doubles import Recorder
@@ -100,6 +101,10 @@ def test_offsets_of_far_rows_are_counted_in_64_bits(prepared_anew):
         expected = torch.autograd.grad(near, (near_q, near_k), seed)
         found = torch.autograd.grad(out, (far_q, far_k), seed)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_prefix_is_keys_in_front_of_the_others(poisoned):
+    prefixes.check(torch.float32, 1e-5)
 
 
 def test_few_queries_share_a_tile_with_their_group():

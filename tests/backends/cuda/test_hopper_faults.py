@@ -63,7 +63,7 @@ def kernels(dim: int) -> dict[str, Kernel]:
     }  # fmt: skip
 
 
-KERNELS = {dim: kernels(dim) for dim in (64,)}
+KERNELS = {dim: kernels(dim) for dim in (64, 128)}
 QUICK = {
     ("forward", "a proxy fence left out"),
     ("forward", "the fence of new mbarriers left out"),

@@ -78,7 +78,7 @@ def aligned(stride_b, stride_h, stride_n, ALIGN: tl.constexpr):
 def row_offset(i_row, stride_n, FAR: tl.constexpr):
     """Elements from a sequence's first row to row i_row; in 64 bits only where 32 would not do (FAR)."""
     if FAR:
-        return i_row.to(tl.int64) * stride_n
+        i_row = i_row.to(tl.int64)  # not a return of its own: Triton wants all returns of one type
     return i_row * stride_n
 
 

@@ -24,7 +24,7 @@ def launch_module():
 
 def of_launch(arguments):
     """(runtime arguments, constexprs, options) of what a kernel is launched with."""
-    options = {name: arguments[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+    options = {n: arguments[n] for n in ("num_warps", "num_stages", "enable_fp_fusion") if n in arguments}
     constexprs = {name: value for name, value in arguments.items() if name.isupper()}
     return {n: x for n, x in arguments.items() if n not in options | constexprs}, constexprs, options
 

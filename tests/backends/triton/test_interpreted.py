@@ -14,7 +14,10 @@ FOLDER = Path(__file__).parent / "interpreted"
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize(
     "selection",
-    ["not slow", pytest.param("slow", marks=[pytest.mark.slow, pytest.mark.timeout(3600)])],
+    [
+        pytest.param("not slow", marks=pytest.mark.timeout(900)),  # minutes of it are normal
+        pytest.param("slow", marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
+    ],
     ids=["quick", "slow"],
 )
 def test_kernels_in_the_interpreter(selection):

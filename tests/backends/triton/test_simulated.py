@@ -5,6 +5,7 @@ Every run checks bounds, alignment, uninitialised reads and races between warps;
 float64 reference.
 """
 
+import doubles
 import oracle
 import prefixes
 import pytest
@@ -63,6 +64,16 @@ def test_prefix(arch, simulate, poisoned):
     runs = simulate(arch)
     prefixes.check(torch.float16, 4e-3)
     assert kernels_of(runs).count("forward_kernel") == kernels_of(runs).count("dkdv_kernel") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+def test_code_for_far_rows(arch, simulate, poisoned, monkeypatch):
+    """Offsets in 64 bits, as for sequences that span 2**31 elements, on rows that are near."""
+    monkeypatch.setattr(doubles.launch_module(), "far", lambda *_: True)
+    runs = simulate(arch)
+    oracle.check(QUICK["bf16-causal-gqa"], "triton")
+    assert kernels_of(runs) == ["forward_kernel", "delta_kernel", "dq_kernel", "dkdv_kernel"]
 
 
 @pytest.fixture

@@ -108,7 +108,6 @@ class SimulatedCuda(CudaBackend):
         self.options = Options()
         self.launches: list[tuple[str, Report]] = []  # of the last call
         self._recorders: list[list[tuple[str, Report]]] = []
-        self.altered: dict[str, Module] = {}  # kernels with faults planted, by name
         self.seed_on_device = False
         self._failure: BaseException | None = None
 
@@ -203,7 +202,7 @@ class SimulatedCuda(CudaBackend):
     def _run(self, name, grid, block, shared_bytes, arguments) -> int:
         """One launch, as the fake runtime reports it. Returns 1, and keeps the exception, where it fails."""
         try:
-            module = self.altered.get(name.decode()) or parsed(self._ptx[name.decode()])
+            module = parsed(self._ptx[name.decode()])
             kernel = module.kernels[name.decode()]
             layout = Layout(module, kernel, shared_bytes)
             packed = bytearray(max(layout.param_size, 1))

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracle import Case, judge, run, upstream_of
+from oracle import Case, run, upstream_of
 from simulated import VARIANTS
 
 import fastattn
@@ -136,8 +136,9 @@ def test_prefix(simulate, dtype):
     names = ("out", "dq", "dk", "dv", "dprefix_k", "dprefix_v")
     exact, plain, ours = results(joined, torch.float64), results(joined, dtype), results(shared, dtype)
     for name, right, with_torch, found in zip(names, exact, plain, ours, strict=True):
-        floor = 4.0 * torch.finfo(dtype).eps * float(right.detach().abs().max())
-        judge(name, found.detach(), right.detach(), with_torch.detach(), floor)
+        floor = 4.0 * torch.finfo(dtype).eps * right.detach().abs().max()
+        error, of_torch = ((x.detach() - right.detach()).abs().max() for x in (found, with_torch))
+        assert error <= 2.0 * of_torch + floor, name
 
 
 def test_no_order_but_the_program_s(simulate):

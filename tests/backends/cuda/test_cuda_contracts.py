@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracle import Case, run, upstream_of
+from oracle import Case, check, run, upstream_of
 from simulated import VARIANTS
 
 import fastattn
@@ -109,6 +109,7 @@ def test_seed_on_the_device(simulate, monkeypatch, capability):
     monkeypatch.setattr(device, "seed_on_device", True)
     found = run(case, tensors, upstream, backend="cpu")
     assert all(torch.equal(found[name], host[name]) for name in host)
+    check(replace(case, options={**options, "seed": torch.tensor(7)}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
 import fastattn
+from fastattn.dispatch import BACKEND_NAMES
 
 from .grid import Inputs
 
@@ -113,7 +114,7 @@ def _causal(b, h, i, j):
     return i >= j
 
 
-_BACKENDS = ("triton", "cuda", "cpu", "reference")
+_BACKENDS = tuple(name for name in BACKEND_NAMES if name != "auto")
 CONTENDERS = ("fastattn", "sdpa", "eager", "flex", "sdpa-flash", "sdpa-cudnn", "flash-attn", *_BACKENDS)
 
 

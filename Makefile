@@ -26,6 +26,10 @@ FINETUNE ?= finetune --task reuters8 --train lora head --compare --compare-steps
 	--steps 200 --test-texts 1000
 BENCH ?= bench --backend cpu
 
+# Files of tests go to this many processes; each needs up to 2 GB.
+WORKERS ?= 2
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile --durations=15
+
 CPP_FILES := 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'fastattn/*.cpp'
 
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
@@ -88,12 +92,12 @@ test-aarch64: ## cross-compile for aarch64 and run the C++ tests under qemu (ski
 
 test-python: setup ## pytest, without the tests marked slow
 	$(call say,pytest)
-	$(PY) -m pytest -m "not slow" --durations=15
+	$(PY) $(PYTEST) -m "not slow"
 
 test: setup lint test-cpp test-python ## set up once, then lint and C++ tests and pytest (at most 15 minutes in all on 2 cores)
 
 test-all: setup lint test-cpp test-aarch64 ## `make test` and everything that is marked slow
-	$(PY) -m pytest --durations=15
+	$(PY) $(PYTEST)
 
 test-oldest: setup ## tests/hf with the oldest transformers that is supported (OLDEST), put in front of .venv's
 	$(call say,$(OLDEST))

@@ -17,12 +17,9 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
-import time
-from collections.abc import Callable
 
-import peft
+import seeded_bert
 import torch
-import transformers
 from torch import nn
 
 import fastattn
@@ -62,12 +59,18 @@ def main() -> None:
     for train in arguments.train:
         for dtype in arguments.dtypes:
             for hidden in arguments.hidden:
-                model = build(train, getattr(torch, dtype), hidden, arguments)
+                model = seeded_bert.build(
+                    train,
+                    getattr(torch, dtype),
+                    hidden=hidden,
+                    layers=arguments.layers,
+                    hidden_dropout=arguments.dropout,
+                    attention_dropout=arguments.dropout,
+                )
+                fastattn.patch(model, padding_free=not arguments.padded and "auto")
                 for texts in arguments.texts:
-                    inputs = batch(texts)
-                    medians = measure(
-                        functools.partial(step, model, inputs), SETTINGS[train], arguments.rounds
-                    )
+                    inputs = seeded_bert.batch((LENGTHS * texts)[:texts])
+                    medians = measure(model, inputs, SETTINGS[train], arguments.rounds)
                     clock, cpu = medians.pop("none")
                     ratios = "  ".join(
                         f"{n} {clock / c:.2f} ({cpu / p:.2f})" for n, (c, p) in medians.items()
@@ -78,51 +81,16 @@ def main() -> None:
                     )
 
 
-def build(train: str, dtype: torch.dtype, hidden: int, arguments: argparse.Namespace) -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        hidden_size=hidden,
-        intermediate_size=4 * hidden,
-        num_hidden_layers=arguments.layers,
-        num_labels=20,
-        hidden_dropout_prob=arguments.dropout,
-        attention_probs_dropout_prob=arguments.dropout,
-    )
-    model = transformers.BertForSequenceClassification(config).to(dtype)
-    if train == "head":
-        model.bert.requires_grad_(False)
-    else:
-        adapters = peft.LoraConfig(r=8, target_modules=["query", "value"], task_type="SEQ_CLS")
-        model = peft.get_peft_model(model, adapters)
-    return fastattn.patch(model, padding_free=not arguments.padded and "auto")
+def measure(model: nn.Module, inputs: dict, settings: dict, rounds: int) -> dict[str, tuple[float, float]]:
+    """Median seconds of a step, by the clock and of CPU time."""
 
+    def switched(on: tuple[str, ...]) -> None:
+        for name, (cls, method, off) in SWITCHES.items():
+            setattr(cls, method, _ways[name] if name in on else off)
+        seeded_bert.step(model, inputs)
 
-def batch(texts: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    lengths = torch.tensor((LENGTHS * texts)[:texts])
-    return {
-        "input_ids": torch.randint(5, 30000, (texts, 512), generator=generator),
-        "attention_mask": (torch.arange(512) < lengths[:, None]).long(),
-        "labels": torch.randint(0, 20, (texts,), generator=generator),
-    }
-
-
-def step(model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
-    model.zero_grad()
-    model(**inputs).loss.backward()
-
-
-def measure(step: Callable[[], None], settings: dict, rounds: int) -> dict[str, tuple[float, float]]:
-    """Median seconds of a step, by the clock and of CPU time; settings take turns."""
-    times = {setting: [] for setting in settings}
-    for turn in range(rounds + 1):
-        for setting, switched_on in settings.items():
-            for name, (cls, method, off) in SWITCHES.items():
-                setattr(cls, method, _ways[name] if name in switched_on else off)
-            clock, cpu = time.perf_counter(), time.process_time()
-            step()
-            if turn:
-                times[setting].append((time.perf_counter() - clock, time.process_time() - cpu))
+    steps = {setting: functools.partial(switched, on) for setting, on in settings.items()}
+    times = seeded_bert.interleaved(steps, rounds)
     return {name: tuple(map(statistics.median, zip(*all_, strict=True))) for name, all_ in times.items()}
 
 

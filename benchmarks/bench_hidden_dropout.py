@@ -10,14 +10,12 @@ interleaved rounds, CPU time of the process, MiniLM's size (6 x 384/1536), LoRA 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
-import time
 from collections.abc import Callable
 
-import peft
+import seeded_bert
 import torch
-import transformers
-from torch import nn
 
 import fastattn
 from fastattn.frozen.dropout import Dropout
@@ -40,35 +38,13 @@ def main() -> None:
         dtype = getattr(torch, name)
         share = added_pass(dtype, arguments.rounds)
         for train in arguments.train:
-            models = [model(train, dtype, dropout) for dropout in (0.1, 0.0)]
-            times = interleaved([lambda m=m: step(m) for m in models], arguments.rounds)
-            excess = statistics.median(a / b for a, b in times) - 1
+            steps = {}
+            for dropout in (0.1, 0.0):
+                model = seeded_bert.build(train, dtype, hidden_dropout=dropout, attention_dropout=0.1)
+                inputs = seeded_bert.batch(LENGTHS)
+                steps[str(dropout)] = functools.partial(seeded_bert.step, fastattn.patch(model), inputs)
+            excess = ratio(steps, arguments.rounds) - 1
             print(f"{name:9} {train:5} step +{excess:.1%}, fused at best +{excess * (1 - share):.1%}")
-
-
-def model(train: str, dtype: torch.dtype, hidden_dropout: float) -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=3000,
-        hidden_size=384,
-        num_attention_heads=12,
-        intermediate_size=1536,
-        num_hidden_layers=6,
-        hidden_dropout_prob=hidden_dropout,
-        attention_probs_dropout_prob=0.1,
-    )
-    bert = transformers.BertForSequenceClassification(config).to(dtype)
-    if train == "lora":
-        adapters = peft.LoraConfig(r=8, target_modules=["query", "value"], task_type="SEQ_CLS")
-        bert = peft.get_peft_model(bert, adapters)
-    else:
-        bert.bert.requires_grad_(False)
-    return fastattn.patch(bert.train())
-
-
-def step(bert: nn.Module) -> None:
-    mask = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).long()
-    bert(input_ids=mask * 7, attention_mask=mask, labels=torch.zeros(len(LENGTHS)).long()).loss.backward()
 
 
 def added_pass(dtype: torch.dtype, rounds: int) -> float:
@@ -80,22 +56,14 @@ def added_pass(dtype: torch.dtype, rounds: int) -> float:
     def repeated(function: Callable) -> Callable:
         return lambda: [torch.autograd.grad(function(), x, upstream) for _ in range(20)]
 
-    times = interleaved([repeated(lambda: dropout(x) + residual), repeated(lambda: dropout(x))], 3 * rounds)
-    return statistics.median(1 - alone / both for both, alone in times)
+    steps = {"alone": repeated(lambda: dropout(x)), "both": repeated(lambda: dropout(x) + residual)}
+    return 1 - ratio(steps, 3 * rounds)
 
 
-def interleaved(functions: list[Callable], rounds: int) -> list[list[float]]:
-    for function in functions:
-        function()
-        function()
-    times = []
-    for i in range(rounds):
-        times.append([0.0] * len(functions))
-        for k in range(len(functions)) if i % 2 else reversed(range(len(functions))):
-            start = time.process_time()
-            functions[k]()
-            times[-1][k] = time.process_time() - start
-    return times
+def ratio(steps: dict[str, Callable], rounds: int) -> float:
+    """The median of the rounds' ratios of CPU time, the first step's to the second's."""
+    first, second = seeded_bert.interleaved(steps, rounds).values()
+    return statistics.median(a / b for (_, a), (_, b) in zip(first, second, strict=True))
 
 
 if __name__ == "__main__":

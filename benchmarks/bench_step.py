@@ -118,6 +118,7 @@ def build(train: str, dtype: str, arguments: argparse.Namespace) -> dict[str, nn
             backbone_dtype=dtype,
             mixed=False,
             recompute=recompute,
+            feature_cache=None,
         )
         return build_model(
             settings, [str(i) for i in range(20)], attention, arguments.dropout, pad_id=0

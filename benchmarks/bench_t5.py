@@ -24,7 +24,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 import fastattn
 from fastattn.bench.timing import interleaved_medians
-from fastattn.finetune.measure import machine, peak_rss, reset_peak_rss, rss
+from fastattn.finetune.measure import SavedBytes, machine, peak_rss, reset_peak_rss, rss
 
 OURS = ("auto", "none")  # fastattn.patch(model, recompute=...)
 CONTENDERS = ("eager", "sdpa", *OURS)
@@ -101,31 +101,23 @@ def build(contender: str, trains_table: bool, dtype: torch.dtype) -> nn.Module:
 
 def attention_bytes(model: nn.Module, ids: torch.Tensor) -> int:
     """What autograd begins to hold, by unique storage, while an attention module runs."""
-    inside = False
-    weights = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
-    storages: dict[int, int] = {}
+    counter = SavedBytes(model.state_dict().values())
+    counter.counts = False
 
     def mark(now: bool) -> None:
-        nonlocal inside
-        inside = now
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            storages.setdefault(storage.data_ptr(), inside * storage.nbytes())
-        return tensor.detach()  # an output that its own node holds would never be freed
+        counter.counts = now
 
     handles = []
     for module in model.modules():
         if isinstance(module, T5Attention):
             handles.append(module.register_forward_pre_hook(lambda *_: mark(True)))
             handles.append(module.register_forward_hook(lambda *_: mark(False)))
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with counter.counting():
         held = model(input_ids=ids)  # what is saved lives while this does
     for handle in handles:
         handle.remove()
     del held
-    return sum(storages.values())
+    return counter.bytes
 
 
 def gradient(model: nn.Module) -> torch.Tensor:

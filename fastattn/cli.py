@@ -41,16 +41,20 @@ def main(argv: list[str] | None = None) -> int:
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     asked_for = next((argument for argument in argv if not argument.startswith("-")), None)
-    module = None
+    module = asked_parser = None
     for name, (path, summary) in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         if name == asked_for:
-            module = importlib.import_module(path)
+            module, asked_parser = importlib.import_module(path), subparser
             module.add_arguments(subparser)
             subparser.add_argument(
                 "--debug", action="store_true", default=False, help="show the traceback of an error"
             )
-    arguments = parser.parse_args(argv)
+    if asked_parser is None or argv[0] != asked_for:
+        parser.parse_args(argv)  # help, or an error
+    # By itself, as only so may options stand between positional arguments: `predict DIR --json TEXT`.
+    own = argv[argv.index(asked_for) + 1 :]
+    arguments = asked_parser.parse_intermixed_args(own, argparse.Namespace(command=asked_for))
     try:
         return module.run(arguments, argv)
     except FastattnError as error:

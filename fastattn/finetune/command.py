@@ -28,6 +28,7 @@ DEFAULTS = {
     "train": ["head"],
     "attention": "fastattn",
     "recompute": "auto",
+    "feature_cache": None,
     "dtype": "float32",
     "backbone_dtype": None,
     "epochs": 1,
@@ -85,6 +86,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--recompute",
         choices=["auto", "all", "none"],
         help="what fastattn computes again in backward instead of saving it (auto)",
+    )
+    model.add_argument(
+        "--feature-cache",
+        metavar="DIR",
+        help="with --train head: compute the backbone's features of each text once, without dropout in it, "
+        "and keep them there",
     )
     model.add_argument(
         "--dtype",
@@ -232,6 +239,7 @@ def _settings(given: dict, method: str) -> rules.Settings:
     rules.check_objective(values["objective"], given)
     values["backbone_dtype"] = values["backbone_dtype"] or values["dtype"]
     rules.check_dtypes(method, values["dtype"], values["backbone_dtype"])
+    rules.check_feature_cache(values)
     return rules.Settings(**values)
 
 

@@ -31,6 +31,8 @@ class SavedBytes:
 
     def __init__(self, weights: Iterable[torch.Tensor]):
         self._weights = {tensor.untyped_storage().data_ptr() for tensor in weights}
+        self.counts = True
+        """What is saved first while this is False counts as nothing."""
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[SavedBytes]:
@@ -40,7 +42,7 @@ class SavedBytes:
         def note(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in self._weights:
-                storages[storage.data_ptr()] = storage.nbytes()
+                storages.setdefault(storage.data_ptr(), storage.nbytes() if self.counts else 0)
             return tensor.detach()  # an output that its own node holds would never be freed without backward
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):

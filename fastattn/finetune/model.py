@@ -99,7 +99,9 @@ def build_model(settings, label_names: list[str], attention: str, dropout: bool,
         import fastattn
 
         try:
-            fastattn.patch(model, recompute=settings.recompute)
+            # On cached features the head runs without the backbone.
+            patched = model if settings.feature_cache is None else model.base_model
+            fastattn.patch(patched, recompute=settings.recompute)
         except UnsupportedModelError as error:
             remedy = "--attention sdpa --no-compare trains it unpatched"
             raise UserInputError(f"--model {settings.model}: {error}; {remedy}") from error

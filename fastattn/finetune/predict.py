@@ -23,7 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("model", metavar="DIR", help="a saved model, such as runs/reuters8-head/model")
     parser.add_argument(
-        "texts", nargs="*", metavar="TEXT", help="what to label (without: --file, or standard input)"
+        "texts",
+        nargs="*",
+        default=[],
+        metavar="TEXT",
+        help="what to label (without: --file, or standard input)",
     )
     parser.add_argument("--file", metavar="FILE", help="one text per line, UTF-8")
     parser.add_argument(

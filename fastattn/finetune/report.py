@@ -8,7 +8,7 @@ from pathlib import Path
 from fastattn.finetune import files
 from fastattn.finetune.errors import UserInputError
 from fastattn.finetune.html import page
-from fastattn.finetune.tables import as_text, sections, title
+from fastattn.finetune.tables import as_text, feature_costs, sections, title
 
 __all__ = ["read", "summary", "write"]
 
@@ -33,6 +33,8 @@ def summary(reports: list[dict]) -> str:
     lines = []
     for report in reports:
         lines.append(f"\n{title(report)}")
+        if report["settings"]["feature_cache"] and report["training"]:
+            lines.append(f"  {feature_costs(report)}")
         test, compared = report["test"], report["comparison"] or {}
         if test and "perplexity" in test:
             lines.append(

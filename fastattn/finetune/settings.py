@@ -16,6 +16,7 @@ __all__ = [
     "VIRTUAL_TOKENS",
     "Settings",
     "check_dtypes",
+    "check_feature_cache",
     "check_method",
     "check_objective",
     "default_lr",
@@ -53,6 +54,7 @@ class Settings:
     train: str
     attention: str
     recompute: str
+    feature_cache: str | None  # a folder for the frozen backbone's features
     dtype: str  # of what is trained
     backbone_dtype: str  # of what is frozen
     epochs: int
@@ -119,6 +121,21 @@ def check_objective(objective: str, given: dict) -> None:
         raise UserInputError(
             f"--objective {objective} needs --model, a language model; "
             "examples/small_language_model.py makes one"
+        )
+
+
+def check_feature_cache(values: dict) -> None:
+    """Features are computed once where no trained weight shapes them, and each text has one."""
+    if values["feature_cache"] is None:
+        return
+    if values["train"] != "head" or values["objective"] != "classification":
+        raise UserInputError(
+            "--feature-cache goes with --train head and --objective classification: with --train "
+            f"{values['train']} and {values['objective']} no features stay the same"
+        )
+    if values["compare"]:
+        raise UserInputError(
+            "--feature-cache leaves out the backbone, whose steps --compare compares; give one"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 from dataclasses import dataclass, field
 
-__all__ = ["Section", "as_text", "sections", "title"]
+__all__ = ["Section", "as_text", "feature_costs", "sections", "title"]
 
 MIB = 2**20
 
@@ -139,7 +139,24 @@ def _training(report: dict) -> Section:
         f"seed {settings['seed']}; the loss went from {steps[0]['loss']:.3f} to {_tail_mean(steps):.3f} "
         "(mean of the last tenth).",
     ]
+    if settings["feature_cache"]:
+        text.append(f"The backbone ran in eval mode. {feature_costs(report)}")
     return Section("The run", text, figure=None if report["comparison"] else "losses")
+
+
+def feature_costs(report: dict) -> str:
+    """What the steps of each epoch cost on a feature cache."""
+    per_epoch = -(-report["data"]["train_texts"] // report["settings"]["batch_size"])
+    steps = report["training"]
+    parts = []
+    for start in range(0, len(steps), per_epoch):
+        epoch = steps[start : start + per_epoch]
+        seconds, computed = sum(step["seconds"] for step in epoch), sum(step["computed"] for step in epoch)
+        parts.append(
+            f"epoch {start // per_epoch + 1} took {seconds:.2f} s ({len(epoch)} steps, the features of "
+            f"{computed:,} texts computed)"
+        )
+    return f"Feature cache: {'; '.join(parts)}."
 
 
 def _tail_mean(steps: list[dict]) -> float:

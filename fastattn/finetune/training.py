@@ -12,6 +12,7 @@ from torch import nn
 
 from fastattn.finetune import encoding, files, measure
 from fastattn.finetune.errors import UserInputError
+from fastattn.finetune.features import CachedHead
 from fastattn.finetune.model import build_model, load_tokenizer, save_model, write
 from fastattn.finetune.objectives import IGNORED, OBJECTIVES, Batch
 from fastattn.finetune.settings import Settings
@@ -89,10 +90,13 @@ class Trainer:
 
     def prepare(self, dropout: bool) -> dict:
         """The model as it is before the first step, in train mode."""
-        self.model = self.optimizer = None
+        self.model = self.optimizer = self.cached = None
         measure.reset_peak_rss()
         pad_id = self.tokenizer.pad_token_id
         self.model = build_model(self.settings, self.label_names, self.attention, dropout, pad_id).train()
+        if self.settings.feature_cache is not None:
+            inputs = self._batch(self.train, self._rows(0)).inputs
+            self.cached = CachedHead(self.model, self.settings.feature_cache, inputs)
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = AdamWithMasters(trained)
         self.saved = measure.SavedBytes([*self.model.parameters(), *self.model.buffers()])
@@ -105,8 +109,10 @@ class Trainer:
         }
 
     def step(self, index: int) -> dict:
-        """The index-th update (from 0): its loss, seconds, tokens, bytes saved for backward, peak memory."""
-        rows = encoding.training_batch(len(self.train), self.settings.batch_size, self.settings.seed, index)
+        """The index-th update (from 0): its loss, seconds, tokens, bytes saved for backward, peak memory; and
+        how many texts' features a feature cache computed."""
+        rows = self._rows(index)
+        known = self.cached.cache.misses if self.cached else 0
         start = time.perf_counter()
         batch = self._batch(self.train, rows)
         self.optimizer.zero_grad()
@@ -127,6 +133,7 @@ class Trainer:
             "padded_tokens": batch.padded_tokens,
             "saved_bytes": self.saved.bytes,
             "peak_rss": measure.peak_rss(),
+            **({"computed": self.cached.cache.misses - known} if self.cached else {}),
         }
 
     def evaluation_batches(self, count: int | None) -> int:
@@ -149,7 +156,7 @@ class Trainer:
         self.model.eval()
         rows = self.evaluation[batch]
         inputs = self._batch(self.test, rows)
-        logits = self.objective.logits(self.model, inputs).float()
+        logits = self._logits(inputs).float()
         if not self.objective.is_language:
             probability, label = logits.softmax(-1).max(-1)
             found = zip(rows, label.tolist(), probability.tolist(), strict=True)
@@ -191,6 +198,8 @@ class Trainer:
         self.optimizer.load(state)
         torch.set_rng_state(state["rng"])
         self.model.train()
+        if self.cached:
+            self.cached.freeze_dropout()
         return state["step"]
 
     def save(self, directory: str) -> list[str]:
@@ -199,16 +208,23 @@ class Trainer:
             self.model.float()
             self.optimizer.write_back()
         written = save_model(self.model, self.tokenizer, Path(directory))
-        self.model = self.optimizer = None
+        self.model = self.optimizer = self.cached = None
         return written
+
+    def _rows(self, index: int) -> np.ndarray:
+        """The texts of the index-th update."""
+        return encoding.training_batch(len(self.train), self.settings.batch_size, self.settings.seed, index)
 
     def _batch(self, part: encoding.Encoded, rows) -> Batch:
         return self.objective.batch(part, np.asarray(rows), self.tokenizer)
 
+    def _logits(self, batch: Batch) -> torch.Tensor:
+        return self.cached.logits(batch.inputs) if self.cached else self.objective.logits(self.model, batch)
+
     def _losses(self, batch: Batch, logits: torch.Tensor | None = None) -> torch.Tensor:
         """Cross-entropy of every label, in their shape; 0 where nothing is asked."""
         if logits is None:
-            logits = self.objective.logits(self.model, batch)
+            logits = self._logits(batch)
         flat = nn.functional.cross_entropy(
             logits.float().flatten(0, -2), batch.labels.flatten(), ignore_index=IGNORED, reduction="none"
         )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedError, UnsupportedModelError
 from ..frozen import set_packing
 from ..log import log_once
+from . import lost_cut
 from .families import Family, Reads, forward_parameters
 from .first_token import FirstRows
 from .packing import Layout, plan
@@ -102,6 +103,7 @@ def begin(
         call = Call(options.backend, options.padding_free, reads)
     call.reached = True
     set_packing(None)
+    lost_cut.watch(args, kwargs)
     call.layers = family.num_layers(model)
     call.contiguous = call.contiguous or family.contiguous(model)
     call.output_attentions = bool(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from ..frozen import Recompute
+from .lost_cut import lost_cut
 from .short_batches import Batch
 
 HEAD = "outside of the layers"
@@ -45,6 +46,8 @@ class ModelExplanation:
     """What a training step on one batch keeps for backward. `str()` gives it as a table."""
 
     layers: tuple[LayerExplanation, ...] = field(repr=False)
+    notes: tuple[str, ...] = ()
+    """Why more is saved than need be, if so."""
 
     @property
     def predicted_bytes(self) -> int:
@@ -72,7 +75,8 @@ class ModelExplanation:
             lines += [f"    saved {text}" for text in layer.saved]
             lines += [f"    again {name}" for name, _, _ in layer.recomputed]
             spared += sum(size for _, size, _ in layer.recomputed)
-        return "\n".join([*lines, _line("all", width, self, spared)])
+        notes = (f"note: {note}" for note in self.notes)
+        return "\n".join([*lines, _line("all", width, self, spared), *notes])
 
 
 def _line(name: str, width: int, part: LayerExplanation | ModelExplanation, spared: int) -> str:
@@ -108,7 +112,9 @@ def explain(model: nn.Module, inputs: dict[str, Tensor]) -> ModelExplanation:
     known = [[*probe.bytes(names), *probe.flops(names)] for probe in probes]
     predicted = _extrapolated([probe.place for probe in probes], known, measured.place)
     predicted = zip(names, predicted[: len(names)], predicted[len(names) :], strict=True)
-    return ModelExplanation(tuple(measured.explained(*layer) for layer in predicted))
+    return ModelExplanation(
+        tuple(measured.explained(*layer) for layer in predicted), tuple(dict.fromkeys(measured.notes))
+    )
 
 
 def _extrapolated(places: list[tuple], known: list[list[int]], here: tuple) -> list[int]:
@@ -128,6 +134,7 @@ class _Pass:
     recomputed: dict[str, tuple[tuple[str, int, int], ...]]
     rows: dict[str, int]  # that went into a list of layers
     packed: bool = False
+    notes: list[str] = field(default_factory=list)
 
     def bytes(self, names: list[str]) -> list[int]:
         return [sum(x.untyped_storage().nbytes() for x in self.tensors[name]) for name in names]
@@ -156,6 +163,7 @@ def _measure(model: nn.Module, batch: Batch, recomputes: list[Recompute]) -> _Pa
     seen: dict[int, Tensor] = {}
     done = _Pass(batch, defaultdict(list), defaultdict(tuple), {})
     now = [HEAD]
+    asks_gradient = any(isinstance(x, Tensor) and x.requires_grad for x in batch.inputs.values())
 
     def note(tensor: Tensor) -> Tensor:
         address = tensor.untyped_storage().data_ptr()
@@ -167,8 +175,13 @@ def _measure(model: nn.Module, batch: Batch, recomputes: list[Recompute]) -> _Pa
     def enter(name: str):
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             now.append(name)
+            path, _, index = name.rpartition(".")
+            if index == "0" and not asks_gradient:
+                stack = [other for key, other in layers.items() if key.rpartition(".")[0] == path]
+                if (note := lost_cut(stack, args, kwargs)) is not None:
+                    done.notes.append(note)
             hidden = args[0] if args else kwargs["hidden_states"]
-            done.rows[name.rpartition(".")[0]] = hidden.numel() // hidden.shape[-1]
+            done.rows[path] = hidden.numel() // hidden.shape[-1]
             alone = hidden.shape[0] == 1 and batch.shape[0] > 1
             done.packed = done.packed or alone or kwargs.get("cu_seq_lens_q") is not None
 

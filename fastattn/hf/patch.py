@@ -22,6 +22,7 @@ from .families.own_attention import OwnAttentionFamily, restore_attentions
 from .families.stacks import Seq2SeqReads, Stack
 from .interface import NAME
 from .layers import ReplaceAdapters, replace_layers, restore_layers
+from .lost_cut import BeforeFirstLayer
 
 Model = TypeVar("Model", bound=nn.Module)
 _RECORD = "_fastattn_patch"
@@ -190,6 +191,8 @@ def _patch_base(model: PreTrainedModel, family: Family, options: Options) -> Non
             model.register_forward_pre_hook(enter, with_kwargs=True),
             model.register_forward_hook(decoder.LeaveDecoder(), with_kwargs=True),
         ]
+    layers = tuple(family.layer_modules(model))
+    handles.append(layers[0].register_forward_pre_hook(BeforeFirstLayer(layers), with_kwargs=True))
     before = model.config._attn_implementation
     # The internal attribute, as set_attn_implementation does: sub-configs are models of their own.
     model.config._attn_implementation_internal = NAME

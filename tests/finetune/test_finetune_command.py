@@ -127,6 +127,17 @@ def test_predict_reads_files_and_standard_input_and_prints_json(finished, tmp_pa
         assert ours["probability"] == pytest.approx(theirs["probability"], abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    "order", ["DIR yes no --json", "DIR --json yes no", "--json DIR yes no", "DIR yes --json no"]
+)
+def test_predict_takes_options_and_texts_in_any_order(order, finished, capsys):
+    capsys.readouterr()
+    words = order.split()
+    words[words.index("DIR")] = str(finished / "full" / "model")
+    assert main(["predict", *words]) == 0
+    assert [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()] == ["yes", "no"]
+
+
 def test_without_out_a_fresh_folder_is_chosen(arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):

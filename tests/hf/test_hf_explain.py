@@ -110,6 +110,24 @@ def test_every_kind_of_model(name, mode, dtype):
     assert len(stacks) == (2 if name in ("t5", "bart", "whisper") else 1)
 
 
+@pytest.mark.parametrize("mode", ["unpatched", "auto"])
+@pytest.mark.parametrize("head", ["T5", "Bart", "Llama"])
+def test_heads_that_read_where_a_sample_ends(head, mode, caplog, monkeypatch):
+    """An end token, or the last that is no padding: short batches have them, too."""
+    monkeypatch.setattr("fastattn.log._said", set())
+    name, head = head.lower(), f"{head}ForSequenceClassification"
+    model = adapted(specimen(name, head), list(ZOO[name].lora), None)
+    inputs = training_inputs(name, head, padding="right", size=6, length=60)
+    if mode != "unpatched":
+        patch(model, recompute=mode, backend=BACKEND)
+    explained = explain(model, inputs)
+    assert explained.saved_bytes == saved(model, inputs)
+    for layer in explained.layers[:-1]:
+        assert layer.predicted_bytes == pytest.approx(layer.saved_bytes, rel=0.02)
+    assert explained.predicted_flops == pytest.approx(explained.recompute_flops, rel=1e-6)
+    assert not caplog.records  # such as that padding stays
+
+
 def test_what_is_computed_again_outside_of_the_layers_counts():
     model = patch(specimen("bert", "BertForMaskedLM").train(), recompute="all", backend=BACKEND)
     explained = explain(model, training_inputs("bert", "BertForMaskedLM"))

@@ -21,7 +21,6 @@ from zoo import (
     ZOO,
     batch,
     deviation,
-    real_tokens,
     recordings,
     rows_in_layers,
     run,
@@ -212,13 +211,22 @@ def test_layers_see_tokens_only(name):
     for head in ZOO[name].heads:
         inputs = training_inputs(name, head, "right")
         model = specimen(name, head).train()
-        mask = real_tokens(inputs)
-        recorded = len(mask) * FRAMES if ZOO[name].kind == "speech" else 0
-        padded, tokens = max(mask.numel(), recorded), max(int(mask.sum()), recorded)
-        assert rows_in_layers(model, inputs) == padded
-        patch(model, backend=BACKEND, padding_free=True)
-        assert rows_in_layers(model, inputs) == tokens, head
+        mask, labels = inputs.get("attention_mask"), inputs["labels"]
+        recorded = len(labels) * FRAMES
+        source = (recorded, recorded) if mask is None else (mask.numel(), int(mask.sum()))
+        target = (labels.numel(), int((labels != -100).sum())) if labels.dim() == 2 else source
+        for all_or_real, change in enumerate((lambda model: model, _padding_free)):
+            stack, *decoder = rows_in_layers(change(model), inputs).values()
+            first = {len(labels)} if all_or_real and len(stack) > 1 else set()  # one position of each sample
+            assert stack == {source[all_or_real], *first}, head
+            for rows in decoder:  # and the keys of cross-attention
+                assert rows == {target[all_or_real], source[all_or_real]}, head
+            assert len(decoder) == (ZOO[name].kind in ("encoder-decoder", "speech"))
     return None
+
+
+def _padding_free(model: torch.nn.Module) -> torch.nn.Module:
+    return patch(model, backend=BACKEND, padding_free=True)
 
 
 @column("generate")

@@ -137,9 +137,11 @@ def run(model: nn.Module, inputs: dict, **options) -> dict[str, torch.Tensor]:
 
 
 def real_tokens(inputs: dict) -> torch.Tensor:
-    """(B, N) bool: where the mask, or without one the labels, say that there is a token."""
-    mask = inputs.get("attention_mask")
-    return inputs["labels"] != -100 if mask is None else mask.bool()
+    """(B, N) bool: where the logits are of a token, as the mask says, or the labels of other length."""
+    mask, labels = inputs.get("attention_mask"), inputs["labels"]
+    return (
+        labels != -100 if mask is None or (labels.dim() == 2 and labels.shape != mask.shape) else mask.bool()
+    )
 
 
 def deviation(result: dict, expected: dict) -> dict[str, float]:
@@ -484,8 +486,9 @@ def training_inputs(name: str, head: str | None = None, padding: str = "none", *
         last = (inputs["attention_mask"] * torch.arange(1, hidden.shape[1] + 1)).argmax(1)
         inputs["input_ids"][torch.arange(len(last)), last] = _T5_LIKE["eos_token_id"]
         labels = labels_for("SequenceClassification", inputs)
-    else:  # as many target tokens as source tokens, padded alike
-        labels = labels_for("MaskedLM", inputs)
+    else:  # fewer target tokens than source tokens
+        target = batch(padding, **{**sizes, "length": sizes.get("length", 23) - 6})
+        labels = labels_for("MaskedLM", target)
     inputs["input_ids"] = inputs["input_ids"].masked_fill(hidden, 0)
     return {**(recordings(len(hidden)) if kind.kind == "speech" else inputs), "labels": labels}
 
@@ -496,19 +499,24 @@ def recordings(size: int, seed: int = 0) -> dict[str, torch.Tensor]:
     return {"input_features": torch.randn(size, 8, 2 * FRAMES, generator=generator)}
 
 
-def rows_in_layers(model: nn.Module, inputs: dict) -> int:
-    """The most rows (positions) that any linear layer inside the model's lists of layers is given."""
+def rows_in_layers(model: nn.Module, inputs: dict) -> dict[str, set[int]]:
+    """The numbers of rows (positions) that the linear layers are given in each list of layers, by its path.
+
+    Those of a last layer for first positions alone and of the keys of cross-attention are among them.
+    """
     linear = (nn.Linear, transformers.pytorch_utils.Conv1D)
-    seen, handles = [0], []
-    for layers in model.modules():
-        if isinstance(layers, nn.ModuleList):
-            for module in filter(lambda module: isinstance(module, linear), layers.modules()):
-                handles.append(
-                    module.register_forward_pre_hook(
-                        lambda _, args: seen.append(args[0].numel() // args[0].shape[-1])
-                    )
+    seen, handles = {}, []
+    for path, layers in model.named_modules():
+        if not isinstance(layers, nn.ModuleList) or any(path.startswith(f"{outer}.") for outer in seen):
+            continue
+        seen[path] = set()
+        for module in filter(lambda module: isinstance(module, linear), layers.modules()):
+            handles.append(
+                module.register_forward_pre_hook(
+                    lambda _, args, rows=seen[path]: rows.add(args[0].numel() // args[0].shape[-1])
                 )
+            )
     model(**inputs)
     for handle in handles:
         handle.remove()
-    return max(seen)
+    return {path: rows for path, rows in seen.items() if rows}

@@ -72,7 +72,8 @@ def test_real_weights(dtype, padding_free):
     theirs = deviation(run(model, inputs), expected)
     ours = deviation(run(patch(model, backend=BACKEND, padding_free=padding_free), inputs), expected)
     for kind, value in ours.items():
-        assert value <= 2 * theirs[kind] + 1e-5, (kind, value, theirs[kind])
+        # In fp32 theirs is what both are compared with.
+        assert value <= 2 * theirs[kind] + 1e-5 * (dtype == torch.float32), (kind, value, theirs[kind])
 
 
 def test_dropout_has_the_same_distribution():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from ..frozen import Recompute
+from .rotary import rotating
 from .short_batches import Batch
 
 HEAD = "outside of the layers"
@@ -45,6 +46,8 @@ class ModelExplanation:
     """What a training step on one batch keeps for backward. `str()` gives it as a table."""
 
     layers: tuple[LayerExplanation, ...] = field(repr=False)
+    rotary_layers: int = 0
+    """Layers that turn q and k by fastattn.rotary, outside of torch.compile."""
 
     @property
     def predicted_bytes(self) -> int:
@@ -72,7 +75,10 @@ class ModelExplanation:
             lines += [f"    saved {text}" for text in layer.saved]
             lines += [f"    again {name}" for name, _, _ in layer.recomputed]
             spared += sum(size for _, size, _ in layer.recomputed)
-        return "\n".join([*lines, _line("all", width, self, spared)])
+        lines.append(_line("all", width, self, spared))
+        if self.rotary_layers:
+            lines.append(f"rotary positions: {self.rotary_layers} layers by fastattn.rotary")
+        return "\n".join(lines)
 
 
 def _line(name: str, width: int, part: LayerExplanation | ModelExplanation, spared: int) -> str:
@@ -108,7 +114,7 @@ def explain(model: nn.Module, inputs: dict[str, Tensor]) -> ModelExplanation:
     known = [[*probe.bytes(names), *probe.flops(names)] for probe in probes]
     predicted = _extrapolated([probe.place for probe in probes], known, measured.place)
     predicted = zip(names, predicted[: len(names)], predicted[len(names) :], strict=True)
-    return ModelExplanation(tuple(measured.explained(*layer) for layer in predicted))
+    return ModelExplanation(tuple(measured.explained(*layer) for layer in predicted), rotating(model))
 
 
 def _extrapolated(places: list[tuple], known: list[list[int]], here: tuple) -> list[int]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import dispatch
 from .errors import InvalidArgumentError, UnsupportedError
-from .ops import _library, _transformed, _unit_last_stride
+from .ops import _library, _transformed, _unit_last_stride, _unwatched
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _BACKEND_OF = {"cpu": "cpu", "cuda": "triton"}
@@ -39,14 +39,15 @@ def rotate(xs: Sequence[Tensor], cos: Tensor, sin: Tensor, transposed: bool = Fa
         InvalidArgumentError: shapes, dtypes or devices other than these; cos or sin that need a gradient.
         UnsupportedError: the backend of that device is not on this machine.
     """
+    if not xs[0].is_meta and _unwatched((*xs, cos, sin)):  # as in ops.py, past the dispatcher
+        if torch.is_grad_enabled():
+            _refuse_trained(cos, sin)
+            if any(x.requires_grad for x in xs):
+                return list(_apply_directly(cos, sin, transposed, *xs))
+        return _kernel(xs, cos, sin, transposed)
     if _transformed():
         return list(_Rotary.apply(cos, sin, transposed, *xs))
     return _op(xs, cos, sin, transposed)
-
-
-def why_not(xs: Sequence[Tensor], cos: Tensor, sin: Tensor) -> InvalidArgumentError | UnsupportedError | None:
-    """What `rotate` would raise."""
-    return _mismatch(xs, cos, sin) or _unserved(xs[0].device)
 
 
 def _mismatch(xs: Sequence[Tensor], cos: Tensor, sin: Tensor) -> InvalidArgumentError | None:
@@ -98,7 +99,7 @@ def _outputs(xs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _kernel(xs: Sequence[Tensor], cos: Tensor, sin: Tensor, transposed: bool) -> list[Tensor]:
-    if (error := why_not(xs, cos, sin)) is not None:
+    if (error := _mismatch(xs, cos, sin) or _unserved(xs[0].device)) is not None:
         raise error
     xs = [_unit_last_stride(x) for x in xs]
     outs = _outputs(xs)
@@ -120,6 +121,8 @@ class _Rotary(torch.autograd.Function):
 
     @staticmethod
     def forward(cos, sin, transposed, *xs):
+        if _unwatched((*xs, cos, sin)):
+            return tuple(_kernel(xs, cos, sin, transposed))
         with torch._C._AutoDispatchBelowAutograd():
             return tuple(_op(xs, cos, sin, transposed))
 
@@ -138,10 +141,19 @@ class _Rotary(torch.autograd.Function):
         return None, None, None, *(None if g is None else next(turned) for g in wanted)
 
 
+# Function.apply without the part in Python that cares for functorch's transforms.
+_apply_directly = super(torch.autograd.Function, _Rotary).apply
+
+
+def _refuse_trained(cos: Tensor, sin: Tensor) -> None:
+    if cos.requires_grad or sin.requires_grad:
+        raise InvalidArgumentError("cos, sin", "requires_grad=True", "constants: detach() them")
+
+
 def _autograd(keyset, xs, cos, sin, transposed):
     recording = torch.is_grad_enabled()
-    if recording and (cos.requires_grad or sin.requires_grad):
-        raise InvalidArgumentError("cos, sin", "requires_grad=True", "constants: detach() them")
+    if recording:
+        _refuse_trained(cos, sin)
     if torch.autograd.forward_ad._current_level >= 0 or (recording and any(x.requires_grad for x in xs)):
         return list(_Rotary.apply(cos, sin, transposed, *xs))
     with torch._C._AutoDispatchBelowAutograd():

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
+from ..errors import InvalidArgumentError, UnsupportedError
 from ..frozen.recorder import current
 from ..log import log_once
-from ..rotary import rotate, why_not
+from ..rotary import rotate
 
 _NAME = "apply_rotary_pos_emb"
 
@@ -121,12 +122,15 @@ def _ours(theirs: Callable) -> Callable:
     def apply_rotary_pos_emb(
         q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1, **kwargs
     ):
-        plain = type(q) is type(k) is Tensor and unsqueeze_dim == 1 and not kwargs
-        reason = why_not((q, k), cos, sin) if plain else "tensors or arguments of another kind"
-        if reason is not None:
+        turned, reason = None, "tensors or arguments of another kind"
+        if type(q) is type(k) is Tensor and unsqueeze_dim == 1 and not kwargs:
+            try:
+                turned = rotate((q, k), cos, sin)
+            except (InvalidArgumentError, UnsupportedError) as error:
+                reason = error
+        if turned is None:
             log_once(f"rotary positions are transformers' own: {reason}")
             return theirs(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim, **kwargs)
-        turned = rotate((q, k), cos, sin)
         _offer((q, k), turned, cos, sin)
         return tuple(turned)
 

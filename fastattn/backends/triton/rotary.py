@@ -15,7 +15,7 @@ from .arguments import alignment, layout, named_strides, strides
 from .tiles import aligned, kernel
 
 _HEADS = 4
-_TILE = 1024  # elements of a half, and of what is not turned: 8 for each of 128 threads
+_TILE = 1024  # elements of BLOCK_N halves: 8 for each of 128 threads
 
 
 @kernel
@@ -51,7 +51,6 @@ def rotary_kernel(
     HEADS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
     ALIGN: tl.constexpr,
     TABLE_ALIGN: tl.constexpr,
 ):
@@ -79,14 +78,14 @@ def rotary_kernel(
         turn_heads(
             p_q, p_q_out, stride_qb, stride_qh, stride_qn, stride_qob, stride_qoh, stride_qon,
             i_b, first, num_heads, o_n, o_d, m_n, m_tile, b_cos_low, b_cos_high, b_sin_low, b_sin_high,
-            HEAD_DIM, HALF, HEADS, BLOCK_REST, ALIGN,
+            HEAD_DIM, HALF, HEADS, BLOCK_HALF, ALIGN,
         )  # fmt: skip
     else:
         turn_heads(
             p_k, p_k_out, stride_kb, stride_kh, stride_kn, stride_kob, stride_koh, stride_kon,
             i_b, first - q_heads, num_kv_heads, o_n, o_d, m_n, m_tile,
             b_cos_low, b_cos_high, b_sin_low, b_sin_high,
-            HEAD_DIM, HALF, HEADS, BLOCK_REST, ALIGN,
+            HEAD_DIM, HALF, HEADS, BLOCK_HALF, ALIGN,
         )  # fmt: skip
 
 
@@ -114,7 +113,7 @@ def turn_heads(
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
     HEADS: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     """Heads first to first + HEADS of one tensor."""
@@ -132,8 +131,8 @@ def turn_heads(
         tl.store(p_low, b_turned.to(p_out.dtype.element_ty), mask=m_tile)
         b_turned = b_high * b_cos_high + b_low * b_sin_high
         tl.store(p_low + HALF, b_turned.to(p_out.dtype.element_ty), mask=m_tile)
-        if 2 * HALF < HEAD_DIM:
-            o_rest = 2 * HALF + tl.arange(0, BLOCK_REST)
+        for start in tl.static_range(2 * HALF, HEAD_DIM, BLOCK_HALF):
+            o_rest = start + o_d
             m_rest = m_n[:, None] & (o_rest < HEAD_DIM)[None, :]
             b_rest = tl.load(p_in + (o_in[:, None] + o_rest[None, :]), mask=m_rest)
             tl.store(p_to + (o_out[:, None] + o_rest[None, :]), b_rest, mask=m_rest)
@@ -148,8 +147,8 @@ def rotate(xs: Sequence[Tensor], outs: Sequence[Tensor], cos: Tensor, sin: Tenso
     half = cos.shape[2] // 2
     if all(x.numel() == 0 for x in xs):
         return
-    block_half, block_rest = (triton.next_power_of_2(max(1, size)) for size in (half, head_dim - 2 * half))
-    block_n = max(1, _TILE // max(block_half, block_rest))
+    block_half = triton.next_power_of_2(half)
+    block_n = _TILE // block_half
     groups = triton.cdiv(num_heads, _HEADS) + triton.cdiv(num_kv_heads, _HEADS)
     (cos_b, _, cos_n), (sin_b, _, sin_n) = map(strides, tables)
     device, here = xs[0].device, contextlib.nullcontext()
@@ -162,6 +161,6 @@ def rotate(xs: Sequence[Tensor], outs: Sequence[Tensor], cos: Tensor, sin: Tenso
             stride_cb=cos_b, stride_cn=cos_n, stride_sb=sin_b, stride_sn=sin_n,
             num_heads=num_heads, num_kv_heads=num_kv_heads, seqlen=seqlen,
             HEAD_DIM=head_dim, HALF=half, TRANSPOSED=transposed, HEADS=_HEADS,
-            BLOCK_N=block_n, BLOCK_HALF=block_half, BLOCK_REST=block_rest,
+            BLOCK_N=block_n, BLOCK_HALF=block_half,
             ALIGN=alignment(xs[0].dtype, (q, k, q_out, k_out)), TABLE_ALIGN=alignment(cos.dtype, tables),
         )  # fmt: skip

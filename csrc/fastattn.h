@@ -180,6 +180,34 @@ typedef struct {
   int32_t reserved0; /* 0 */
 } fastattn_hidden_dropout;
 
+/* Rotary position embedding of q and, unless num_kv_heads is 0, of k alike. With half = rotary_dim / 2, for i
+ * below half, c and s the rows of cos and sin of the position (b, n):
+ *   out[i] = x[i] c[i] - x[half + i] s[i]        out[half + i] = x[half + i] c[half + i] + x[i] s[half + i]
+ * and what lies behind rotary_dim is copied. transposed: the transpose of that matrix, which takes the
+ * gradient of out to that of x. */
+typedef struct {
+  uint32_t struct_size;
+  int32_t dtype;       /* of q, k and what is written: FASTATTN_F32, F16 or BF16 */
+  int32_t table_dtype; /* of cos and sin: the same, or FASTATTN_F32 */
+  int32_t transposed;  /* 0 or 1 */
+  int64_t batch;
+  int64_t num_heads;
+  int64_t num_kv_heads;
+  int64_t seqlen;
+  int64_t head_dim;   /* 1..256 */
+  int64_t rotary_dim; /* even, positive, at most head_dim */
+  fastattn_tensor q;
+  fastattn_tensor k;
+  fastattn_tensor q_out;
+  fastattn_tensor k_out;
+  const void* cos; /* (batch, seqlen, rotary_dim), the last dimension contiguous; other strides may be 0 */
+  int64_t cos_stride_b;
+  int64_t cos_stride_n;
+  const void* sin;
+  int64_t sin_stride_b;
+  int64_t sin_stride_n;
+} fastattn_rotary;
+
 FASTATTN_API int32_t fastattn_abi_version(void);
 
 /* What the last call that failed on this thread found wrong: one English sentence, never NULL. */
@@ -204,6 +232,9 @@ FASTATTN_API fastattn_status fastattn_cpu_backward(const fastattn_problem* probl
 /* Its own gradient: applied to that of out, it gives that of x. */
 FASTATTN_API fastattn_status fastattn_cpu_hidden_dropout(const fastattn_hidden_dropout* io,
                                                          const fastattn_executor* executor);
+
+FASTATTN_API fastattn_status fastattn_cpu_rotary(const fastattn_rotary* io,
+                                                 const fastattn_executor* executor);
 
 /* keep[b][h][i][j] = 1 where dropout keeps, for tests and for the reference: (batch, num_heads,
  * seqlen_q, seqlen_k) contiguous bytes. The same function of (seed, b, h, i, j) on every backend. */

@@ -127,6 +127,17 @@ def _padded(
     return weights @ v, lse
 
 
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool = False) -> Tensor:
+    """fastattn.rotary of one (B, H, N, D) by angles (B | 1, N, D_rot), in the dtype torch promotes to."""
+    half = cos.shape[-1] // 2
+    cos, sin = cos[:, None], sin[:, None]
+    low, high, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    if transposed:
+        sin = -sin.roll(half, -1)
+    low, high = low * cos[..., :half] - high * sin[..., :half], high * cos[..., half:] + low * sin[..., half:]
+    return torch.cat((low, high, rest.to(low.dtype)), -1)
+
+
 def _visible(problem: AttentionProblem, key_mask: Tensor | None, i: Tensor, j: Tensor, shift: int) -> Tensor:
     """(B|1, 1, Nq, Nk) bool: which keys a query sees. `shift` aligns the last query with the last key."""
     visible = torch.ones(i.shape[0], j.shape[1], dtype=torch.bool, device=i.device)

@@ -208,6 +208,21 @@ fastattn_status hidden_dropout(const fastattn_hidden_dropout* io, const fastattn
   return FASTATTN_OK;
 }
 
+// Positions of about 4096 elements a unit, as above.
+fastattn_status rotary(const fastattn_rotary* io, const fastattn_executor* executor) {
+  fastattn_status status = validate_rotary(io);
+  if (status == FASTATTN_OK) status = validate_executor(executor);
+  if (status != FASTATTN_OK || io->batch * io->seqlen == 0) return status;
+  const Kernels* kernels = select_kernels(&status);
+  if (kernels == nullptr) return status;
+  Work work = {};
+  work.rotary = io;
+  work.unit_count = io->batch * io->seqlen;
+  work.grain = std::max<int64_t>(1, 4096 / ((io->num_heads + io->num_kv_heads) * io->head_dim));
+  run_on_threads(executor, kernels->rotary[io->dtype], &work);
+  return FASTATTN_OK;
+}
+
 }  // namespace
 }  // namespace fastattn
 
@@ -228,6 +243,10 @@ extern "C" fastattn_status fastattn_cpu_backward(const fastattn_problem* problem
 extern "C" fastattn_status fastattn_cpu_hidden_dropout(const fastattn_hidden_dropout* io,
                                                        const fastattn_executor* executor) {
   return fastattn::hidden_dropout(io, executor);
+}
+
+extern "C" fastattn_status fastattn_cpu_rotary(const fastattn_rotary* io, const fastattn_executor* executor) {
+  return fastattn::rotary(io, executor);
 }
 
 extern "C" fastattn_status fastattn_cpu_dropout_mask(uint64_t seed, float dropout_p, int64_t batch,

@@ -15,6 +15,7 @@ const Kernels* select_kernels(fastattn_status* status);
 fastattn_status validate_forward(const fastattn_problem* p, const fastattn_forward_result* r);
 fastattn_status validate_backward(const fastattn_problem* p, const fastattn_backward_io* io);
 fastattn_status validate_hidden_dropout(const fastattn_hidden_dropout* io);
+fastattn_status validate_rotary(const fastattn_rotary* io);
 fastattn_status validate_executor(const fastattn_executor* e);
 fastattn_status validate_dropout_p(float p);
 fastattn_status validate_dropout_mask(float p, int64_t batch, int64_t num_heads, int64_t seqlen_q,

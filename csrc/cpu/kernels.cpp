@@ -9,6 +9,7 @@
 #include "forward.h"
 #include "hidden_dropout.h"
 #include "phases.h"
+#include "rotary.h"
 
 namespace fastattn::FASTATTN_ISA_NS {
 namespace {
@@ -62,6 +63,7 @@ const Kernels kernels = {FASTATTN_ISA_NAME,
                          FASTATTN_BF16_PRODUCTS(BiasPass),
                          FASTATTN_BF16_PRODUCTS(RelativePass),
                          {nullptr, nullptr, nullptr},
+                         {nullptr, nullptr, nullptr},
                          nullptr};
 
 #else
@@ -78,6 +80,7 @@ const Kernels kernels = {FASTATTN_ISA_NAME,
                          FASTATTN_BY_DTYPE(BiasPass),
                          FASTATTN_BY_DTYPE(RelativePass),
                          {hidden_dropout<F32>, hidden_dropout<F16>, hidden_dropout<BF16>},
+                         {rotary<F32>, rotary<F16>, rotary<BF16>},
                          dropout_mask_row};
 
 #endif

@@ -35,6 +35,7 @@ struct Work {
   float* shared_dq_sums;
   int64_t unit_dq_sums;
   const fastattn_hidden_dropout* hidden_dropout;  // the job of that kernel: its units are blocks of rows
+  const fastattn_rotary* rotary;                  // likewise: blocks of positions
   // Key passes that sum the diagonals of a relative bias on the way: per kv head the entry (by its slot) that
   // may add its sums next, and the most keys that an entry has.
   int32_t* diagonal_turns;
@@ -52,6 +53,7 @@ struct Kernels {
   Worker backward_bias[4];
   Worker backward_relative[4];
   Worker hidden_dropout[3];
+  Worker rotary[3];
   void (*dropout_mask)(uint64_t seed, float p, int64_t b, int64_t h, int64_t i, int64_t nk, uint8_t* keep);
 };
 

@@ -271,6 +271,47 @@ fastattn_status validate_hidden_dropout(const fastattn_hidden_dropout* io) {
   return FASTATTN_OK;
 }
 
+fastattn_status validate_rotary(const fastattn_rotary* io) {
+  REQUIRE(io != nullptr, "io is a null pointer.");
+  REQUIRE(io->struct_size == sizeof(*io), "io.struct_size is %u; this library's io has %zu bytes.",
+          io->struct_size, sizeof(*io));
+  REQUIRE(io->dtype >= FASTATTN_F32 && io->dtype <= FASTATTN_BF16, "dtype is %d; it must be 0, 1 or 2.",
+          io->dtype);
+  REQUIRE(io->table_dtype == FASTATTN_F32 || io->table_dtype == io->dtype,
+          "table_dtype is %d; it must be 0 or dtype, %d.", io->table_dtype, io->dtype);
+  REQUIRE(io->transposed == 0 || io->transposed == 1, "transposed is %d; it must be 0 or 1.", io->transposed);
+  for (const auto& [name, size] :
+       {std::pair{"batch", io->batch}, std::pair{"num_heads", io->num_heads},
+        std::pair{"num_kv_heads", io->num_kv_heads}, std::pair{"seqlen", io->seqlen}})
+    REQUIRE(size >= 0 && size < kMostRows, "%s is %lld; it must be in 0..2^31-1.", name, (long long)size);
+  REQUIRE(io->num_heads >= 1, "num_heads is 0; it must be positive.");
+  REQUIRE(io->head_dim >= 1 && io->head_dim <= 256, "head_dim is %lld; it must be in 1..256.",
+          (long long)io->head_dim);
+  REQUIRE(io->rotary_dim >= 2 && io->rotary_dim <= io->head_dim && io->rotary_dim % 2 == 0,
+          "rotary_dim is %lld; it must be even, positive and at most head_dim = %lld.",
+          (long long)io->rotary_dim, (long long)io->head_dim);
+  if (io->batch * io->seqlen == 0) return FASTATTN_OK;
+  Outputs outputs;
+  const auto check = [&](const char* name, const fastattn_tensor& t, int64_t heads, bool written) {
+    if (heads == 0) return FASTATTN_OK;
+    REQUIRE(t.data != nullptr, "%s is a null pointer.", name);
+    const std::initializer_list<Axis> axes = {
+        {"b", io->batch, t.stride_b}, {"h", heads, t.stride_h}, {"n", io->seqlen, t.stride_n}};
+    CHECK(check_span(name, axes, io->head_dim));
+    if (!written) return FASTATTN_OK;
+    return outputs.add(name, t.data, io->dtype == FASTATTN_F32 ? 4 : 2, axes, io->head_dim);
+  };
+  CHECK(check("q", io->q, io->num_heads, false));
+  CHECK(check("k", io->k, io->num_kv_heads, false));
+  CHECK(check("q_out", io->q_out, io->num_heads, true));
+  CHECK(check("k_out", io->k_out, io->num_kv_heads, true));
+  REQUIRE(io->cos != nullptr && io->sin != nullptr, "cos or sin is a null pointer.");
+  CHECK(check_span("cos", {{"b", io->batch, io->cos_stride_b}, {"n", io->seqlen, io->cos_stride_n}},
+                   io->rotary_dim));
+  return check_span("sin", {{"b", io->batch, io->sin_stride_b}, {"n", io->seqlen, io->sin_stride_n}},
+                    io->rotary_dim);
+}
+
 fastattn_status validate_executor(const fastattn_executor* e) {
   REQUIRE(e == nullptr || e->num_threads >= 1, "executor.num_threads is %d; it must be positive.",
           e->num_threads);

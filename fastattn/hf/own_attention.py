@@ -80,7 +80,7 @@ def register() -> None:
 
 def replace_attentions(model: nn.Module, family: OwnAttentionFamily, backend: str) -> None:
     """Every attention of this bare model is fastattn's from now on, until `restore_attentions`."""
-    for attention in family.attentions(model):
+    for attention in family.attention_modules(model):
         replace(attention, _CLASSES[family.model_type], backend)
 
 

@@ -23,6 +23,7 @@ from .families.stacks import Seq2SeqReads, Stack
 from .interface import NAME
 from .layers import ReplaceAdapters, replace_layers, restore_layers
 from .lost_cut import BeforeFirstLayer
+from .rotary import replace_rotary, restore_rotary
 
 Model = TypeVar("Model", bound=nn.Module)
 _RECORD = "_fastattn_patch"
@@ -98,6 +99,7 @@ def unpatch(model: Model) -> Model:
         if record.recompute is not None:
             record.recompute.detach()
         restore_layers(module)
+        restore_rotary(module)
         restore_attentions(module)
         # Whoever chose another implementation since patch keeps it.
         if record.is_base and module.config._attn_implementation == NAME:
@@ -197,6 +199,8 @@ def _patch_base(model: PreTrainedModel, family: Family, options: Options) -> Non
     # The internal attribute, as set_attn_implementation does: sub-configs are models of their own.
     model.config._attn_implementation_internal = NAME
     replace_layers(model)
+    if family.rotary:
+        replace_rotary(family.attention_modules(model))
     handles.append(model.register_forward_pre_hook(ReplaceAdapters()))
     recompute = None if options.recompute == "none" else Recompute(options.recompute).attach(model)
     setattr(model, _RECORD, _Record(options, handles, True, before, recompute))

@@ -8,6 +8,7 @@ things do.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -47,6 +48,12 @@ _BACKWARD = struct.Struct(
     "Qq"  # drelative_bias, drelative_bias_stride_h
 )
 _HIDDEN_DROPOUT = struct.Struct("@IiQQqqqqQQfI")  # as fastattn_hidden_dropout lists them
+_ROTARY = struct.Struct(
+    "@Iiii"  # struct_size, dtype, table_dtype, transposed
+    "qqqqqq"  # batch, num_heads, num_kv_heads, seqlen, head_dim, rotary_dim
+    f"{_TENSOR * 4}"  # q, k, q_out, k_out
+    "QqqQqq"  # cos with strides, sin with strides
+)
 _EXECUTOR = struct.Struct("@Qi4x")  # parallel_for, num_threads, padding
 _FIXED = struct.Struct("@" + _PROBLEM_FIXED)
 _OPTIONAL = struct.Struct("@" + _PROBLEM_OPTIONAL)
@@ -153,6 +160,37 @@ def hidden_dropout_struct(
         dropout_p,
         0,
     )
+
+
+def rotary_struct(
+    xs: Sequence[Tensor], outs: Sequence[Tensor], cos: Tensor, sin: Tensor, transposed: bool
+) -> bytes:
+    """fastattn_rotary, for tensors of unit last stride; xs and outs hold one or two."""
+    q, k = xs[0], xs[1] if len(xs) == 2 else None
+    batch, num_heads, seqlen, head_dim = q.shape
+    return _ROTARY.pack(
+        _ROTARY.size,
+        DTYPES[q.dtype],
+        DTYPES[cos.dtype],
+        transposed,
+        batch,
+        num_heads,
+        0 if k is None else k.shape[1],
+        seqlen,
+        head_dim,
+        cos.shape[2],
+        *_tensor(q),
+        *(_NO_TENSOR if k is None else _tensor(k)),
+        *_tensor(outs[0]),
+        *(_NO_TENSOR if k is None else _tensor(outs[1])),
+        *_table(cos),
+        *_table(sin),
+    )
+
+
+def _table(x: Tensor) -> tuple[int, int, int]:
+    """Address, batch and position stride of (B, N, D_rot); the first is 0 where B is 1 for all."""
+    return x.data_ptr(), x.stride(0) if x.shape[0] > 1 else 0, x.stride(1)
 
 
 def executor_struct(parallel_for: int, num_threads: int) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -105,6 +106,15 @@ class CpuBackend:
         """See `fastattn.frozen.dropout`; x and out are contiguous (rows, columns)."""
         io = abi.hidden_dropout_struct(x, out, dropout_p, seed, seqlen, cu_seqlens)
         status = self._library.fastattn_cpu_hidden_dropout(io, self._executor())
+        if status != abi.STATUS_OK:
+            raise FastattnError(self._library.fastattn_last_error().decode())
+
+    def rotary(
+        self, xs: Sequence[Tensor], outs: Sequence[Tensor], cos: Tensor, sin: Tensor, transposed: bool
+    ) -> None:
+        """See `fastattn.rotary`; all of unit last stride."""
+        io = abi.rotary_struct(xs, outs, cos, sin, transposed)
+        status = self._library.fastattn_cpu_rotary(io, self._executor())
         if status != abi.STATUS_OK:
             raise FastattnError(self._library.fastattn_last_error().decode())
 

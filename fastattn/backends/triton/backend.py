@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -99,6 +100,14 @@ class TritonBackend:
         arch, _ = self._device(problem.device)
         with self._on(problem, inputs):
             launch.backward(problem, inputs, out, lse, dout, dlse, gradients, arch)
+
+    def rotary(
+        self, xs: Sequence[Tensor], outs: Sequence[Tensor], cos: Tensor, sin: Tensor, transposed: bool
+    ) -> None:
+        """See `fastattn.rotary`; all of unit last stride."""
+        from . import rotary
+
+        rotary.rotate(xs, outs, cos, sin, transposed)
 
     def _on(self, problem: AttentionProblem, inputs: AttentionInputs) -> contextlib.AbstractContextManager:
         """Kernels go to the current device.

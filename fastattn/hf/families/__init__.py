@@ -41,6 +41,7 @@ class Family:
     attention: str  # path within a layer to the module that calls the attention function
     heads: tuple[tuple[str, Reads], ...]  # classes of models with a head, and what they read
     wrappers: tuple[str, ...] = ()  # classes around base that hand everything on to it
+    rotary: bool = False  # its attention calls apply_rotary_pos_emb: see ../rotary.py
     drops_by_function: bool = False  # hidden states, in the modeling code: no module that patch could replace
 
     @property
@@ -65,6 +66,10 @@ class Family:
     def layer_modules(self, base: nn.Module) -> list[nn.Module]:
         """The modules that `attention` is a path in."""
         return list(self._list(base, self.layers))
+
+    def attention_modules(self, base: nn.Module) -> list[nn.Module]:
+        """The module that calls the attention function, of every layer."""
+        return [self._child(layer, self.attention) for layer in self.layer_modules(base)]
 
     def num_layers(self, base: nn.Module) -> int:
         """How often a forward pass computes attention."""

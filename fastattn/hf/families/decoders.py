@@ -11,6 +11,7 @@ def _like_llama(model_type: str, prefix: str) -> DecoderFamily:
         base=f"{prefix}Model",
         layers="layers",
         attention="self_attn",
+        rotary=True,
         heads=(
             (f"{prefix}ForCausalLM", Reads.NEXT),
             (f"{prefix}ForSequenceClassification", Reads.LAST),
@@ -45,6 +46,7 @@ _GEMMA3 = DecoderFamily(
     base="Gemma3TextModel",
     layers="layers",
     attention="self_attn",
+    rotary=True,
     heads=(("Gemma3ForCausalLM", Reads.NEXT), ("Gemma3TextForSequenceClassification", Reads.LAST)),
 )
 

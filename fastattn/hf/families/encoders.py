@@ -129,6 +129,7 @@ _MODERNBERT = _ModernBertFamily(
     base="ModernBertModel",
     layers="layers",
     attention="attn",
+    rotary=True,
     bare_reads=Reads.BARE,
     heads=(
         ("ModernBertForSequenceClassification", Reads.FIRST),

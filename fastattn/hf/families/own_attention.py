@@ -53,15 +53,12 @@ class OwnAttentionFamily(DecoderFamily):
     window: Callable[[nn.Module], int | None]  # keys that a query sees, its own included
 
     def contiguous(self, base: nn.Module) -> bool:
-        return any(self.window(attention) is not None for attention in self.attentions(base))
-
-    def attentions(self, base: nn.Module) -> list[nn.Module]:
-        return [self._child(layer, self.attention) for layer in self.layer_modules(base)]
+        return any(self.window(attention) is not None for attention in self.attention_modules(base))
 
     def check(self, base: nn.Module) -> None:
         super().check(base)
         kinds = {}
-        for attention in self.attentions(base):
+        for attention in self.attention_modules(base):
             kinds.setdefault((type(attention), self._formula(attention)), attention)
         for attention in kinds.values():
             self._check_formula(attention)

@@ -1,0 +1,135 @@
+"""Rotary positions in a patched Llama: their share of a step and of a prompt's pass, old and new.
+
+    python benchmarks/bench_rotary.py [--sizes 384/6/6/6] [--lengths 128 512 2048] [--dtypes bfloat16]
+
+Each line is the share of the process's CPU time that turning q and k takes, by transformers' own function and
+by fastattn.rotary: the median, over interleaved rounds, of 1 - (time without turning) / (time with). "ratio"
+is transformers' time over ours, of the whole. Adapters are LoRA's, r = 8 on q and v of a frozen backbone;
+recompute is off, so that all arms do the same otherwise. A size is width/layers/heads/kv heads.
+
+--bytes prints instead what a step saves for backward, by fastattn.hf.explain, for each `recompute`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import time
+from collections.abc import Callable
+
+import peft
+import torch
+import transformers
+from torch import nn
+from transformers.models.llama import modeling_llama
+
+import fastattn
+from fastattn.hf.rotary import replace_rotary, restore_rotary
+
+ARMS = ("transformers", "fastattn", "none")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=["384/6/6/6", "512/8/8/4"])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512, 2048])
+    parser.add_argument("--tokens", type=int, default=2048, help="of a batch")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--bytes", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    transformers.logging.set_verbosity_error()
+    print(
+        f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, threads {arguments.threads}"
+    )
+    for size in arguments.sizes:
+        for dtype in arguments.dtypes:
+            for length in arguments.lengths:
+                samples = max(1, arguments.tokens // length)
+                inputs = batch(samples, length)
+                print(f"{size} {dtype}, {samples} x {length}:", end=" ", flush=True)
+                if arguments.bytes:
+                    print(saved(size, getattr(torch, dtype), inputs), flush=True)
+                    continue
+                model = build(size, getattr(torch, dtype), "none")
+                for name, run in (("training", step), ("prompt", prompt)):
+                    model.train(name == "training")
+                    found = shares(model, functools.partial(run, model, inputs), arguments.rounds)
+                    print(f"{name} {found}", end="; ")
+                print(flush=True)
+
+
+def build(size: str, dtype: torch.dtype, recompute: str) -> nn.Module:
+    hidden, layers, heads, kv_heads = map(int, size.split("/"))
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=1000,
+        hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3 // 16 * 16,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=4096,
+    )
+    model = transformers.LlamaForCausalLM(config).to(dtype)
+    adapters = peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    return fastattn.patch(peft.get_peft_model(model, adapters), recompute=recompute)
+
+
+def batch(samples: int, length: int) -> dict:
+    ids = torch.randint(0, 1000, (samples, length), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "labels": ids, "use_cache": False}
+
+
+def step(model: nn.Module, inputs: dict) -> None:
+    model.zero_grad()
+    model(**inputs).loss.backward()
+
+
+@torch.no_grad()
+def prompt(model: nn.Module, inputs: dict) -> None:
+    model(input_ids=inputs["input_ids"], logits_to_keep=1)
+
+
+def choose(model: nn.Module, arm: str, own: Callable) -> None:
+    restore_rotary(model)
+    modeling_llama.apply_rotary_pos_emb = own if arm != "none" else lambda q, k, cos, sin: (q, k)
+    if arm == "fastattn":
+        replace_rotary(m for m in model.modules() if isinstance(m, modeling_llama.LlamaAttention))
+
+
+def shares(model: nn.Module, run: Callable[[], None], rounds: int) -> str:
+    own = modeling_llama.apply_rotary_pos_emb
+    times = {arm: [] for arm in ARMS}
+    for turn in range(rounds + 1):
+        for arm in ARMS if turn % 2 else ARMS[::-1]:
+            choose(model, arm, own)
+            start = time.process_time()
+            run()
+            if turn:
+                times[arm].append(time.process_time() - start)
+    choose(model, "transformers", own)
+    theirs, ours, none = times.values()
+    of_theirs, of_ours, ratio = (
+        statistics.median(f(*turn) for turn in zip(theirs, ours, none, strict=True))
+        for f in (lambda a, b, c: 1 - c / a, lambda a, b, c: 1 - c / b, lambda a, b, c: a / b)
+    )
+    return f"{of_theirs:.1%} -> {of_ours:.1%}, ratio {ratio:.3f}"
+
+
+def saved(size: str, dtype: torch.dtype, inputs: dict) -> str:
+    found = []
+    for recompute in ("none", "auto", "all"):
+        ours, model = (build(size, dtype, recompute).train() for _ in range(2))
+        ours = fastattn.hf.explain(ours, inputs).saved_bytes
+        restore_rotary(model)
+        theirs = fastattn.hf.explain(model, inputs).saved_bytes
+        found.append(f"{recompute} {theirs / 2**20:.1f} -> {ours / 2**20:.1f} MiB")
+    return ", ".join(found)
+
+
+if __name__ == "__main__":
+    main()

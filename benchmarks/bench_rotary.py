@@ -4,8 +4,8 @@
 
 Each line is the share of the process's CPU time that turning q and k takes, by transformers' own function and
 by fastattn.rotary: the median, over interleaved rounds, of 1 - (time without turning) / (time with). "ratio"
-is transformers' time over ours, of the whole. Adapters are LoRA's, r = 8 on q and v of a frozen backbone;
-recompute is off, so that all arms do the same otherwise. A size is width/layers/heads/kv heads.
+is transformers' time over ours, of the whole. Adapters are LoRA's, r = 8 on q and v of a frozen backbone. A
+size is width/layers/heads/kv heads. Without --recompute, the arms differ in nothing else.
 
 --bytes prints instead what a step saves for backward, by fastattn.hf.explain, for each `recompute`.
 """
@@ -25,7 +25,7 @@ from torch import nn
 from transformers.models.llama import modeling_llama
 
 import fastattn
-from fastattn.hf.rotary import replace_rotary, restore_rotary
+from fastattn.hf.rotary import restore_rotary
 
 ARMS = ("transformers", "fastattn", "none")
 
@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--recompute", default="none")
     parser.add_argument("--bytes", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -54,11 +55,13 @@ def main() -> None:
                 if arguments.bytes:
                     print(saved(size, getattr(torch, dtype), inputs), flush=True)
                     continue
-                model = build(size, getattr(torch, dtype), "none")
+                models = {arm: build(size, getattr(torch, dtype), arguments.recompute) for arm in ARMS}
+                of_transformers(models["transformers"]), of_transformers(models["none"])
                 for name, run in (("training", step), ("prompt", prompt)):
-                    model.train(name == "training")
-                    found = shares(model, functools.partial(run, model, inputs), arguments.rounds)
-                    print(f"{name} {found}", end="; ")
+                    for model in models.values():
+                        model.train(name == "training")
+                    found = shares(models, functools.partial(run, inputs=inputs), arguments.rounds)
+                    print(f"{name} {found}", end="; ", flush=True)
                 print(flush=True)
 
 
@@ -94,27 +97,24 @@ def prompt(model: nn.Module, inputs: dict) -> None:
     model(input_ids=inputs["input_ids"], logits_to_keep=1)
 
 
-def choose(model: nn.Module, arm: str, own: Callable) -> None:
+def of_transformers(model: nn.Module) -> nn.Module:
     restore_rotary(model)
-    modeling_llama.apply_rotary_pos_emb = own if arm != "none" else lambda q, k, cos, sin: (q, k)
-    if arm == "fastattn":
-        replace_rotary(m for m in model.modules() if isinstance(m, modeling_llama.LlamaAttention))
+    return model
 
 
-def shares(model: nn.Module, run: Callable[[], None], rounds: int) -> str:
+def shares(models: dict[str, nn.Module], run: Callable[[nn.Module], None], rounds: int) -> str:
     own = modeling_llama.apply_rotary_pos_emb
-    times = {arm: [] for arm in ARMS}
+    times = {arm: [] for arm in models}
     for turn in range(rounds + 1):
-        for arm in ARMS if turn % 2 else ARMS[::-1]:
-            choose(model, arm, own)
+        for arm in list(models)[:: 1 if turn % 2 else -1]:
+            modeling_llama.apply_rotary_pos_emb = (lambda q, k, cos, sin: (q, k)) if arm == "none" else own
             start = time.process_time()
-            run()
+            run(models[arm])
             if turn:
                 times[arm].append(time.process_time() - start)
-    choose(model, "transformers", own)
-    theirs, ours, none = times.values()
+    modeling_llama.apply_rotary_pos_emb = own
     of_theirs, of_ours, ratio = (
-        statistics.median(f(*turn) for turn in zip(theirs, ours, none, strict=True))
+        statistics.median(map(f, times["transformers"], times["fastattn"], times["none"]))
         for f in (lambda a, b, c: 1 - c / a, lambda a, b, c: 1 - c / b, lambda a, b, c: a / b)
     )
     return f"{of_theirs:.1%} -> {of_ours:.1%}, ratio {ratio:.3f}"
@@ -123,10 +123,8 @@ def shares(model: nn.Module, run: Callable[[], None], rounds: int) -> str:
 def saved(size: str, dtype: torch.dtype, inputs: dict) -> str:
     found = []
     for recompute in ("none", "auto", "all"):
-        ours, model = (build(size, dtype, recompute).train() for _ in range(2))
-        ours = fastattn.hf.explain(ours, inputs).saved_bytes
-        restore_rotary(model)
-        theirs = fastattn.hf.explain(model, inputs).saved_bytes
+        ours = fastattn.hf.explain(build(size, dtype, recompute), inputs).saved_bytes
+        theirs = fastattn.hf.explain(of_transformers(build(size, dtype, recompute)), inputs).saved_bytes
         found.append(f"{recompute} {theirs / 2**20:.1f} -> {ours / 2**20:.1f} MiB")
     return ", ".join(found)
 

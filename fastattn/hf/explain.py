@@ -12,11 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from ..frozen import Recompute
-<<<<<<< HEAD
 from .lost_cut import lost_cut
-=======
 from .rotary import rotating
->>>>>>> rope
 from .short_batches import Batch
 
 HEAD = "outside of the layers"
@@ -50,13 +47,10 @@ class ModelExplanation:
     """What a training step on one batch keeps for backward. `str()` gives it as a table."""
 
     layers: tuple[LayerExplanation, ...] = field(repr=False)
-<<<<<<< HEAD
     notes: tuple[str, ...] = ()
     """Why more is saved than need be, if so."""
-=======
     rotary_layers: int = 0
     """Layers that turn q and k by fastattn.rotary, outside of torch.compile."""
->>>>>>> rope
 
     @property
     def predicted_bytes(self) -> int:
@@ -84,15 +78,11 @@ class ModelExplanation:
             lines += [f"    saved {text}" for text in layer.saved]
             lines += [f"    again {name}" for name, _, _ in layer.recomputed]
             spared += sum(size for _, size, _ in layer.recomputed)
-<<<<<<< HEAD
-        notes = (f"note: {note}" for note in self.notes)
-        return "\n".join([*lines, _line("all", width, self, spared), *notes])
-=======
         lines.append(_line("all", width, self, spared))
         if self.rotary_layers:
             lines.append(f"rotary positions: {self.rotary_layers} layers by fastattn.rotary")
+        lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
->>>>>>> rope
 
 
 def _line(name: str, width: int, part: LayerExplanation | ModelExplanation, spared: int) -> str:
@@ -128,13 +118,11 @@ def explain(model: nn.Module, inputs: dict[str, Tensor]) -> ModelExplanation:
     known = [[*probe.bytes(names), *probe.flops(names)] for probe in probes]
     predicted = _extrapolated([probe.place for probe in probes], known, measured.place)
     predicted = zip(names, predicted[: len(names)], predicted[len(names) :], strict=True)
-<<<<<<< HEAD
     return ModelExplanation(
-        tuple(measured.explained(*layer) for layer in predicted), tuple(dict.fromkeys(measured.notes))
+        tuple(measured.explained(*layer) for layer in predicted),
+        notes=tuple(dict.fromkeys(measured.notes)),
+        rotary_layers=rotating(model),
     )
-=======
-    return ModelExplanation(tuple(measured.explained(*layer) for layer in predicted), rotating(model))
->>>>>>> rope
 
 
 def _extrapolated(places: list[tuple], known: list[list[int]], here: tuple) -> list[int]:

@@ -4,15 +4,18 @@ What torch does with index_select, and with new_zeros and index_copy_ (which wri
 """
 
 import contextlib
+import functools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .prepared import Launch
 from .tiles import kernel
 
 _BLOCK_ROWS, _BLOCK_COLUMNS = 16, 256
+_OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 
 
 @kernel
@@ -91,12 +94,21 @@ def _launch(kernel, matrix: Tensor, rows: Tensor, num_out: int, **more: int) -> 
     if out.numel() == 0:
         return out
     wide = 16 // matrix.element_size()
+    launch = _prepare(
+        kernel, num_out, len(rows), columns, wide if columns % wide == 0 else 1, tuple(more.items())
+    )
     here = contextlib.nullcontext()
     if matrix.is_cuda and matrix.device.index != torch.cuda.current_device():
         here = torch.cuda.device(matrix.device)  # kernels go to the current device
     with here:
-        kernel[(triton.cdiv(num_out, _BLOCK_ROWS), 1, 1)](
-            p_in=matrix, p_rows=rows, p_out=out, num_rows=len(rows), columns=columns, **more,
-            ALIGN=wide if columns % wide == 0 else 1, BLOCK_ROWS=_BLOCK_ROWS, BLOCK_COLUMNS=_BLOCK_COLUMNS,
-        )  # fmt: skip
+        launch({"p_in": matrix, "p_rows": rows, "p_out": out})
     return out
+
+
+@functools.lru_cache(maxsize=256)
+def _prepare(
+    kernel, num_out: int, num_rows: int, columns: int, align: int, more: tuple[tuple[str, int], ...]
+) -> Launch:
+    values = {"num_rows": num_rows, "columns": columns, "ALIGN": align}
+    values |= {"BLOCK_ROWS": _BLOCK_ROWS, "BLOCK_COLUMNS": _BLOCK_COLUMNS}
+    return Launch(kernel, triton.cdiv(num_out, _BLOCK_ROWS), _OPTIONS, values | dict(more))

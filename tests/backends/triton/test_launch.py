@@ -1,6 +1,9 @@
 """The path from the op to cuLaunchKernelEx as on a GPU, with our own driver at its end (fake_cuda.py)."""
 
 import importlib
+import subprocess
+import sys
+from pathlib import Path
 
 import doubles
 import fake_cuda
@@ -174,3 +177,12 @@ def test_a_launch_asks_torch_for_its_workspace_and_nothing_else(fake, rows, work
         assert seen.names == workspace
         launch.backward(problem, inputs, out, lse, q, None, gradients, 80)
     assert seen.names == [*workspace, "empty_like"]  # delta
+
+
+def test_the_host_overhead_script_runs():
+    """benchmarks/bench_launch.py, in a process of its own: its driver is another copy of this one."""
+    script = Path(__file__).parents[3] / "benchmarks" / "bench_launch.py"
+    command = [sys.executable, str(script), "--rounds", "1", "--calls", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()[2:]
+    assert [line.count("µs") for line in lines] == [2] * 4

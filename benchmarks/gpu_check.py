@@ -23,7 +23,7 @@ from fastattn.build_cuda import find_nvcc
 from fastattn.errors import MissingDependencyError
 
 ROOT = Path(__file__).parents[1]
-SUITE = ["tests/backends/test_gpu.py"]
+SUITE = ["tests/backends/test_gpu.py", "tests/backends/test_gpu_use.py"]
 BENCH = [
     "--shape", "32,12,128,64", "16,12,512,64", "4,16,2048,64", "4,16,2048,128", "1,16,8192,128",
     "--dtype", "float16", "bfloat16",

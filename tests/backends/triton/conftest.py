@@ -5,8 +5,14 @@ import gc
 import pytest
 
 
+@pytest.fixture(scope="session")
+def driver_folder(tmp_path_factory):
+    """Where this session's libcuda.so.1 is built."""
+    return tmp_path_factory.mktemp("fake-libcuda")
+
+
 @pytest.fixture
-def fake(request, monkeypatch):
+def fake(driver_folder, monkeypatch):
     """fake(arch, simulate=True) makes backend="triton" launch on CPU tensors; gives the FakeCuda."""
     import doubles
     import fake_cuda
@@ -15,7 +21,7 @@ def fake(request, monkeypatch):
     installed = []
 
     def install(arch, simulate=True):
-        device = fake_cuda.FakeCuda(request.config.cache.mkdir("fake-libcuda"), arch, simulate)
+        device = fake_cuda.FakeCuda(driver_folder, arch, simulate)
         doubles.pretend(arch, monkeypatch)
         device.install()
         installed.append(device)

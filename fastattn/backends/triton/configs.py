@@ -83,10 +83,14 @@ def forward_config(
         if arch in (90, 100):
             # 224 of 227 KiB of shared memory; shaped scores would spill 20 to 60 words an iteration.
             return TileConfig(128, 64, 8, 3) if shaped else TileConfig(128, 128, 8, 3)
-        if arch == 80 and lean and not shaped and head_dim == head_dim_v == dim:
+        whole = head_dim == head_dim_v == dim
+        if arch == 80 and lean and not shaped and whole:
             return TileConfig(128, 64, 8, 3, paired=True)  # 160 of 163 KiB; half the rescaling for each key
         # 96 KiB: what an 86, 89 or 120 has is 99. Tiles of a bias leave room for half the keys, two stages.
-        return TileConfig(128, 32, 8, 2) if biased else TileConfig(128, 64, 8, 3)
+        if biased:
+            return TileConfig(128, 32, 8, 2)
+        # Masks of a padded head's columns take registers: 64 keys would spill up to 14 words an iteration.
+        return TileConfig(128, 64, 8, 3) if whole else TileConfig(128, 32, 8, 3)
     if arch == 90 and not shaped:
         return TileConfig(128, 64, 8, 2)
     return TileConfig(64, 64, 8, 2) if arch in (80, 90, 100) else TileConfig(64, 32, 8, 2)

@@ -42,6 +42,7 @@ _IN_FP16 = {
     "window": dict(lengths=((90, 150),), options={"window": (33, 5)}),
     "alibi-softcap": dict(alibi="heads", options={"softcap": 5.0}),
     "dlse": dict(use_lse=True),
+    "padded-dim": dict(lengths=((70, 180),), head_dim=80, options={"causal": True}),
     "wide-dropout": dict(lengths=((40, 150),), head_dim=128, options=DROPOUT),
     "wide-relative_bias": dict(head_dim=128, relative_bias=True, wanted=(*BIASES[:3], "relative_bias")),
     "widest": dict(lengths=((35, 40),), head_dim=256, options={"causal": True}),

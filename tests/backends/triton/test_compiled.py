@@ -75,7 +75,7 @@ FEATURES = [
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
-@pytest.mark.parametrize("head_dim", [40, 64, 128, 256])
+@pytest.mark.parametrize("head_dim", [40, 64, 80, 128, 256])
 def test_every_nvidia_generation(arch, head_dim):
     for kernel, features in KINDS:
         variant = Variant(kernel, arch, head_dim, "fp16", features)

@@ -278,7 +278,7 @@ def _check_optional(inputs: AttentionInputs) -> AttentionInputs:
     return inputs
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=1024, typed=True)
 def _options(head_dim, causal, scale, window, softcap, dropout_p, max_seqlen_q, max_seqlen_k, backend):
     """Every default filled in."""
     dispatch.check_name(backend)

@@ -92,6 +92,13 @@ def test_packed(cpu, backend, name, more):
     assert caught.value.argument == name
 
 
+def test_what_equals_a_valid_value_is_not_taken_for_it():
+    """True == 1.0, also as a key of what is remembered between calls."""
+    fastattn.attention(Q, K, V, scale=1.0, backend="reference")
+    with pytest.raises(errors.InvalidArgumentError):
+        fastattn.attention(Q, K, V, scale=True, backend="reference")
+
+
 def test_devices_are_compared():
     with pytest.raises(errors.InvalidArgumentError, match="on meta"):
         fastattn.attention(Q, K.to("meta"), V, backend="reference")

@@ -44,7 +44,10 @@ typedef enum {
   FASTATTN_F16 = 1,
   FASTATTN_BF16 = 2,
   /* As dtype of a problem for the CPU: fp32 tensors whose products of matrices may be taken in bf16. */
-  FASTATTN_F32_BF16_PRODUCTS = 3
+  FASTATTN_F32_BF16_PRODUCTS = 3,
+  /* The same with each element as the sum of two bf16 numbers; fp32 products where that would not be faster.
+   */
+  FASTATTN_F32_SPLIT_PRODUCTS = 4
 } fastattn_dtype;
 
 /* (batch, head, row, column): what each index adds to data, in elements. 0 broadcasts (inputs only,

@@ -39,7 +39,8 @@ def attention(
     key is not visible. A query that sees no key gives a row of zeros. Online softmax after Milakov and
     Gimelshein (arXiv:1805.02867), tiled as by Dao (arXiv:2307.08691); softmax and sums are in float32 for
     every dtype. Products of float32 matrices are exact to float32 unless torch.set_float32_matmul_precision
-    allows less: bfloat16 on CPUs under "medium", TF32 in Triton under "high" and "medium".
+    allows less: bfloat16 on CPUs under "medium", sums of two bfloat16 numbers on AMX under "high", TF32
+    in Triton under both.
 
     Args:
         q: (B, Hq, Nq, D), float32, bfloat16 or float16 (float64 with backend="reference"). D <= 256. Any

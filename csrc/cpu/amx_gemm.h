@@ -2,7 +2,8 @@
 // dot product.
 //
 // Four tiles of C, 32 x 32, stay in registers for the whole of K: a step of 16 units loads two tiles of A and
-// two of B for four products. Blocks that are not full go through zero-filled copies, because what lies
+// two of B for four products. Of elements split in two parts three such products are taken, all but that of
+// the second parts. Blocks that are not full go through zero-filled copies, because what lies
 // beyond an operand's end may be NaN.
 #ifndef FASTATTN_CPU_AMX_GEMM_H
 #define FASTATTN_CPU_AMX_GEMM_H
@@ -38,9 +39,10 @@ FASTATTN_ALWAYS TileSource tile_of_b(const uint32_t* b, int64_t ldb, int64_t dep
 }
 
 // C[rows x columns] (+)= A B: rows 1..32, columns 16 or 32.
-__attribute__((noinline)) inline void amx_block(int rows, int columns, int64_t depth, const uint32_t* a,
-                                                int64_t lda, const uint32_t* b, int64_t ldb, float* c,
-                                                int64_t ldc, bool accumulate) {
+template <int kParts>
+__attribute__((noinline)) void amx_block(int rows, int columns, int64_t depth, const uint32_t* a, int64_t lda,
+                                         const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
+                                         bool accumulate) {
   const bool below = rows > kTileRows, beside = columns > kTileRows;
   const int rows0 = below ? kTileRows : rows, rows1 = rows - kTileRows;
   float* const c1 = c + kTileRows * ldc;
@@ -58,10 +60,7 @@ __attribute__((noinline)) inline void amx_block(int rows, int columns, int64_t d
   if (below) FASTATTN_TILE_BEGIN(2, c1, rows1);
   if (below && beside) FASTATTN_TILE_BEGIN(3, c1 + W, rows1);
 
-  for (int64_t k = 0; k < depth; k += W) {
-    const int64_t left = depth - k;
-    const uint32_t* const a0 = a + k;
-    const uint32_t* const b0 = b + k * ldb;
+  const auto add_products = [&](const uint32_t* a0, const uint32_t* b0, int64_t left) {
     const TileSource upper = tile_of_a(a0, lda, rows0, left, copy[0]);
     const TileSource first = tile_of_b(b0, ldb, left, copy[1]);
     FASTATTN_TILE_LOAD(4, upper.from, upper.stride);
@@ -72,11 +71,20 @@ __attribute__((noinline)) inline void amx_block(int rows, int columns, int64_t d
       FASTATTN_TILE_LOAD(7, second.from, second.stride);
       FASTATTN_TILE_DOT(1, 4, 7);
     }
-    if (!below) continue;
+    if (!below) return;
     const TileSource lower = tile_of_a(a0 + kTileRows * lda, lda, rows1, left, copy[3]);
     FASTATTN_TILE_LOAD(5, lower.from, lower.stride);
     FASTATTN_TILE_DOT(2, 5, 6);
     if (beside) FASTATTN_TILE_DOT(3, 5, 7);
+  };
+  for (int64_t k = 0; k < depth; k += W) {
+    const uint32_t* const a0 = a + k;
+    const uint32_t* const b0 = b + k * ldb;
+    add_products(a0, b0, depth - k);
+    if constexpr (kParts == 2) {
+      add_products(a0 + lda / 2, b0, depth - k);
+      add_products(a0, b0 + ldb / 2, depth - k);
+    }
   }
 
 #define FASTATTN_TILE_END(t, to, count)                                       \
@@ -100,7 +108,7 @@ __attribute__((noinline)) inline void amx_block(int rows, int columns, int64_t d
 }
 
 // As gemm() in gemm.h, A by rows; panels of B are kNR = 4 * W columns wide.
-template <class RowsOf, class DepthOf>
+template <int kParts, class RowsOf, class DepthOf>
 FASTATTN_ALWAYS void amx_gemm(int n_count, const uint32_t* a, int64_t lda, const uint32_t* b,
                               int64_t panel_stride, int64_t ldb, float* c, int64_t ldc, bool accumulate,
                               RowsOf rows_of, DepthOf depth_of) {
@@ -114,8 +122,8 @@ FASTATTN_ALWAYS void amx_gemm(int n_count, const uint32_t* a, int64_t lda, const
       const int m = rows.end - i < kBlock ? rows.end - i : kBlock;
       const Range depth = depth_of(i, i + m);
       if (depth.begin >= depth.end && accumulate) continue;
-      amx_block(m, columns, depth.end - depth.begin, a + i * lda + depth.begin, lda,
-                panel + depth.begin * ldb, ldb, c + i * ldc + n, ldc, accumulate);
+      amx_block<kParts>(m, columns, depth.end - depth.begin, a + i * lda + depth.begin, lda,
+                        panel + depth.begin * ldb, ldb, c + i * ldc + n, ldc, accumulate);
     }
   }
 }

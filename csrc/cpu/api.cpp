@@ -24,7 +24,6 @@ fastattn_status run(const fastattn_executor* executor, Worker worker, Work work,
   return FASTATTN_OK;
 }
 
-bool is_fp32(int32_t dtype) { return dtype == FASTATTN_F32 || dtype == FASTATTN_F32_BF16_PRODUCTS; }
 size_t element_size(int32_t dtype) { return is_fp32(dtype) ? 4 : 2; }
 
 // Packed rows that belong to no sequence hold zeros.

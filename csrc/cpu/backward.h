@@ -47,7 +47,8 @@ struct Backward {
   const bool want_slopes;  // a bias, which is added after both, takes it as it is
   const int slots;         // query tiles held at a time
   const int64_t depth, depth_v, depth_ld, depth_v_ld;  // head dims in units
-  const int64_t columns_ld, columns_v_ld;              // head dims in elements
+  const int64_t columns_ld, columns_v_ld;              // head dims in elements, of sums
+  const int64_t rows_ld, rows_v_ld;                    // and of operands with K = rows
 
   static constexpr bool kSameUnits = SameType<Storage, Unit>::value;
 
@@ -78,27 +79,29 @@ struct Backward {
         slots(query_slots),
         depth(ceil_div(p.head_dim, E::kPerUnit)),
         depth_v(ceil_div(p.head_dim_v, E::kPerUnit)),
-        depth_ld(operand_ld(depth)),
-        depth_v_ld(operand_ld(depth_v)),
+        depth_ld(E::kParts * operand_ld(depth)),
+        depth_v_ld(E::kParts * operand_ld(depth_v)),
         columns_ld(operand_ld(p.head_dim)),
-        columns_v_ld(operand_ld(p.head_dim_v)) {}
+        columns_v_ld(operand_ld(p.head_dim_v)),
+        rows_ld(E::kParts * columns_ld),
+        rows_v_ld(E::kParts * columns_v_ld) {}
 
   void lay_out(Arena& arena) {
     queries = arena.take<Queries>(slots);
     const bool real = queries != nullptr;
     for (int t = 0; t < slots; ++t) {
       Unit* buffers[4] = {arena.take<Unit>(kQueryTile * depth_ld), arena.take<Unit>(kQueryTile * depth_v_ld),
-                          arena.take<Unit>(kPairs ? kQueryTile / 2 * columns_ld : 0),
-                          arena.take<Unit>(kPairs ? kQueryTile / 2 * columns_v_ld : 0)};
+                          arena.take<Unit>(kPairs ? kQueryTile / 2 * rows_ld : 0),
+                          arena.take<Unit>(kPairs ? kQueryTile / 2 * rows_v_ld : 0)};
       if (real) __builtin_memcpy(queries[t].buffers, buffers, sizeof buffers);
     }
     const int64_t panels = (kKeyTile + kNR) / kNR;
-    key_buffer = arena.take<Unit>(kKeyTile * columns_ld);
+    key_buffer = arena.take<Unit>(kKeyTile / E::kPerUnit * rows_ld);
     staging = arena.take<Unit>(kPairs ? kKeyTile * (depth_ld > depth_v_ld ? depth_ld : depth_v_ld) : 0);
-    key_panels = arena.take<Unit>(panels * depth * kNR);
-    value_panels = arena.take<Unit>(panels * depth_v * kNR);
+    key_panels = arena.take<Unit>(panels * depth * kPanelLd<E>);
+    value_panels = arena.take<Unit>(panels * depth_v * kPanelLd<E>);
     weights = arena.take<Unit>(Weights<E>::kColumnsUnits);
-    ds_by_rows = arena.take<Unit>(kPairs ? kQueryTile * kScoreLd : 0);
+    ds_by_rows = arena.take<Unit>(kPairs ? kQueryTile * Weights<E>::kRowsLd : 0);
     ds_by_columns = arena.take<Unit>(Weights<E>::kColumnsUnits);
     scores = arena.take<float>(kQueryTile * kScoreLd);
     dscores = arena.take<float>(kQueryTile * kScoreLd);
@@ -124,8 +127,7 @@ struct Backward {
     else
       Panels<T, E>::pack(k, p.k.stride_n, keys.count, p.head_dim, keep, key_panels, staging);
     if (rows)
-      load_rows(k, p.k.stride_n, keys.count, p.head_dim, keep, key_buffer, columns_ld, &key_rows,
-                &key_rows_ld);
+      load_rows(k, p.k.stride_n, keys.count, p.head_dim, keep, key_buffer, rows_ld, &key_rows, &key_rows_ld);
     if (want_ds) {
       const Storage* v = row_of<const Storage>(p, p.v, b, kv_head, s.k0 + keys.begin);
       Panels<T, E>::pack(v, p.v.stride_n, keys.count, p.head_dim_v, keep, value_panels, staging);
@@ -157,13 +159,13 @@ struct Backward {
       Packer<T, E>::rows(dout, io.dout.stride_n, tile.rows, p.head_dim_v, nullptr, q.buffers[1], depth_v_ld,
                          round_up(depth_v, W));
       q.q = q.buffers[0], q.q_ld = depth_ld, q.dout = q.buffers[1], q.dout_ld = depth_v_ld;
-      load_rows(query, p.q.stride_n, tile.rows, p.head_dim, nullptr, q.buffers[2], columns_ld, &q.q_rows,
+      load_rows(query, p.q.stride_n, tile.rows, p.head_dim, nullptr, q.buffers[2], rows_ld, &q.q_rows,
                 &q.q_rows_ld);
-      load_rows(dout, io.dout.stride_n, tile.rows, p.head_dim_v, nullptr, q.buffers[3], columns_v_ld,
+      load_rows(dout, io.dout.stride_n, tile.rows, p.head_dim_v, nullptr, q.buffers[3], rows_v_ld,
                 &q.dout_rows, &q.dout_rows_ld);
     } else {
-      load_rows(query, p.q.stride_n, tile.rows, p.head_dim, nullptr, q.buffers[0], columns_ld, &q.q, &q.q_ld);
-      load_rows(dout, io.dout.stride_n, tile.rows, p.head_dim_v, nullptr, q.buffers[1], columns_v_ld, &q.dout,
+      load_rows(query, p.q.stride_n, tile.rows, p.head_dim, nullptr, q.buffers[0], rows_ld, &q.q, &q.q_ld);
+      load_rows(dout, io.dout.stride_n, tile.rows, p.head_dim_v, nullptr, q.buffers[1], rows_v_ld, &q.dout,
                 &q.dout_ld);
       q.q_rows = q.q, q.q_rows_ld = q.q_ld, q.dout_rows = q.dout, q.dout_rows_ld = q.dout_ld;
     }
@@ -228,7 +230,7 @@ struct Backward {
       return;
     }
     gemm<E, false>(
-        keys.padded, q.q, q.q_ld, key_panels, depth * kNR, kNR, scores, kScoreLd, false,
+        keys.padded, q.q, q.q_ld, key_panels, depth * kPanelLd<E>, kPanelLd<E>, scores, kScoreLd, false,
         [&](int c0, int c1) { return rows.rows_of(c0, c1); }, [&](int, int) { return Range{0, (int)depth}; });
   }
 
@@ -236,8 +238,8 @@ struct Backward {
   void multiply_dout(const Queries& q, const TileRows& rows, const KeyTile& keys) {
     const Phase phase(kWeightGrads);
     gemm<E, false>(
-        keys.padded, q.dout, q.dout_ld, value_panels, depth_v * kNR, kNR, dscores, kScoreLd, false,
-        [&](int c0, int c1) { return rows.rows_of(c0, c1); },
+        keys.padded, q.dout, q.dout_ld, value_panels, depth_v * kPanelLd<E>, kPanelLd<E>, dscores, kScoreLd,
+        false, [&](int c0, int c1) { return rows.rows_of(c0, c1); },
         [&](int, int) { return Range{0, (int)depth_v}; });
   }
 
@@ -320,11 +322,11 @@ struct Backward {
       if (!accumulate)
         for (int i = 0; i < rows.rows; ++i)
           __builtin_memset(sums + i * ld, 0, (size_t)p.head_dim * sizeof(float));
-      add_visible(rows, keys, dscores, key_rows, key_rows_ld, p.head_dim, sums, ld);
+      add_visible<E>(rows, keys, dscores, key_rows, key_rows_ld, p.head_dim, sums, ld);
       return;
     }
-    const Unit* a = Weights<E>::by_rows(dscores, kScoreLd, rows.rows, keys.padded, ds_by_rows, kScoreLd);
-    gemm<E, false>((int)round_up(p.head_dim, W), a, kScoreLd, key_rows, kNR, key_rows_ld, sums, ld,
+    const Unit* a = Weights<E>::by_rows(dscores, kScoreLd, rows.rows, keys.padded, ds_by_rows);
+    gemm<E, false>((int)round_up(p.head_dim, W), a, Weights<E>::kRowsLd, key_rows, kNR, key_rows_ld, sums, ld,
                    accumulate, [&](int, int) { return Range{0, rows.rows}; },
                    [&](int i0, int i1) { return to_units<E>(rows.columns_of(i0, i1)); });
   }

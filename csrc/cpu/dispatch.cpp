@@ -90,7 +90,7 @@ bool has_f16c() {  // not a name that every compiler's __builtin_cpu_supports kn
   table.name = bf16.name;
   for (auto member : {&Kernels::forward, &Kernels::forward_merge, &Kernels::backward_kv, &Kernels::backward_q,
                       &Kernels::backward_bias, &Kernels::backward_relative})
-    for (auto dtype : {FASTATTN_BF16, FASTATTN_F32_BF16_PRODUCTS})
+    for (auto dtype : {FASTATTN_BF16, FASTATTN_F32_BF16_PRODUCTS, FASTATTN_F32_SPLIT_PRODUCTS})
       (table.*member)[dtype] = (bf16.*member)[dtype];
   return table;
 }

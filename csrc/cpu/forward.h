@@ -20,13 +20,15 @@ template <class T, class E>
 struct Forward {
   typedef typename T::Storage Storage;
   typedef typename E::Unit Unit;
+  static constexpr int kWeightsLd = Weights<E>::kRowsLd;
 
   const fastattn_problem& p;
   const fastattn_forward_result& result;
   const Dropout dropout;
   const bool has_terms;
   const int64_t depth, depth_ld;  // head_dim in units, and of a row of it
-  const int64_t columns_ld;       // of a row of V or O
+  const int64_t columns_ld;       // of a row of O
+  const int64_t values_ld;        // of V
   const int64_t panel_stride;
   const int64_t slots;  // query tiles of a unit
   // fp32 queries whose rows lie close together are read where they are.
@@ -45,9 +47,10 @@ struct Forward {
         dropout(p),
         has_terms(has_score_terms(p)),
         depth(ceil_div(p.head_dim, E::kPerUnit)),
-        depth_ld(operand_ld(depth)),
+        depth_ld(E::kParts * operand_ld(depth)),
         columns_ld(operand_ld(p.head_dim_v)),
-        panel_stride(depth * kNR),
+        values_ld(E::kParts * columns_ld),
+        panel_stride(depth * kPanelLd<E>),
         slots(most_tiles_per_unit(p)),
         queries_in_place(kSameUnits && p.q.stride_n == p.head_dim),
         partials(work.partials) {}
@@ -55,10 +58,10 @@ struct Forward {
   void lay_out(Arena& arena) {
     staging = arena.take<Unit>(E::kPerUnit == 2 ? kKeyTile * depth_ld : 0);
     panels = arena.take<Unit>((kKeyTile + kNR) / kNR * panel_stride);
-    values = arena.take<Unit>(kKeyTile * columns_ld);
+    values = arena.take<Unit>(kKeyTile / E::kPerUnit * values_ld);
     queries = arena.take<Unit>(queries_in_place ? 0 : slots * kQueryTile * depth_ld);
     scores = arena.take<float>(kQueryTile * kScoreLd);
-    weights = E::kPerUnit == 2 ? arena.take<Unit>(kQueryTile * kScoreLd) : (Unit*)scores;
+    weights = E::kPerUnit == 2 ? arena.take<Unit>(kQueryTile * kWeightsLd) : (Unit*)scores;
     sums = arena.take<float>(slots * kQueryTile * columns_ld);
     thin_queries = arena.take<float>(kThinRows * operand_ld(p.head_dim));
     state = arena.take<RowState>(slots);
@@ -105,7 +108,7 @@ struct Forward {
         Panels<T, E>::pack(k + keys.begin * p.k.stride_n, p.k.stride_n, keys.count, p.head_dim, keep, panels,
                            staging);
         Packer<T, E>::interleave(v + keys.begin * p.v.stride_n, p.v.stride_n, keys.count, p.head_dim_v, keep,
-                                 values, columns_ld, round_up(p.head_dim_v, W));
+                                 values, values_ld, round_up(p.head_dim_v, W));
       }
       Stream stream;
       if (after < key_end) {
@@ -121,7 +124,7 @@ struct Forward {
         TileRows rows;
         if (!rows.set(visible, tiles[t].i0, tiles[t].rows, keys)) continue;
         if (!rows.full && finite < 0)
-          finite = all_finite(values, columns_ld, keys.count, round_up(p.head_dim_v, W));
+          finite = all_finite(values, values_ld, keys.count, round_up(p.head_dim_v, W));
         const bool careful = !rows.full && finite == 0;
         float* sum_rows = sums + t * kQueryTile * columns_ld;
         multiply_scores(rows, keys, q[t]);
@@ -200,7 +203,7 @@ struct Forward {
   void multiply_scores(const TileRows& rows, const KeyTile& keys, const Unit* q) {
     const Phase phase(kScores);
     gemm<E, false>(
-        keys.padded, q, queries_in_place ? p.q.stride_n : depth_ld, panels, panel_stride, kNR, scores,
+        keys.padded, q, queries_in_place ? p.q.stride_n : depth_ld, panels, panel_stride, kPanelLd<E>, scores,
         kScoreLd, false, [&](int c0, int c1) { return rows.rows_of(c0, c1); },
         [&](int, int) { return Range{0, (int)depth}; });
   }
@@ -236,7 +239,7 @@ struct Forward {
         if (i >= tile.rows) continue;
         const int begin = rows.begin[i], end = rows.end[i];
         float* row = scores + i * kScoreLd;
-        typename E::Cell* cells = (typename E::Cell*)(weights + i * kScoreLd);
+        typename E::Cell* cells = (typename E::Cell*)(weights + i * kWeightsLd);
         if (begin < end) {
           const int first = begin / W * W, last = (int)round_up(end, W);
           if (factors.any_large && factors.scale[l] != scale) round_products(row, first, last, scale);
@@ -247,13 +250,14 @@ struct Forward {
                 if constexpr (kInPlace)
                   store(row + c, weight);
                 else
-                  E::store_cells(cells + c, weight);
+                  Weights<E>::store_cells(cells + c, weight);
               });
         }
         if constexpr (kInPlace)
           zero_outside(row, begin, end, keys.padded);
         else
-          zero_outside(cells, begin, end, keys.padded);
+          for (int part = 0; part < E::kParts; ++part)
+            zero_outside(cells + part * kWeightsLd, begin, end, keys.padded);
         if (factors.rescale[l] == 1.0f) continue;
         for (int64_t d = 0; d < p.head_dim_v; d += W) {
           float* sum = sum_rows + i * columns_ld + d;
@@ -284,10 +288,10 @@ struct Forward {
     const Phase phase(kValues);
     if (careful) {
       if (!accumulate) __builtin_memset(sum_rows, 0, (size_t)(rows.rows * columns_ld) * sizeof(float));
-      add_visible(rows, keys, scores, values, columns_ld, p.head_dim_v, sum_rows, columns_ld);
+      add_visible<E>(rows, keys, scores, values, values_ld, p.head_dim_v, sum_rows, columns_ld);
       return;
     }
-    gemm<E, false>((int)round_up(p.head_dim_v, W), weights, kScoreLd, values, kNR, columns_ld, sum_rows,
+    gemm<E, false>((int)round_up(p.head_dim_v, W), weights, kWeightsLd, values, kNR, values_ld, sum_rows,
                    columns_ld, accumulate, [&](int, int) { return Range{0, rows.rows}; },
                    [&](int i0, int i1) { return to_units<E>(rows.columns_of(i0, i1)); });
   }

@@ -1,7 +1,8 @@
 // The one matrix product of the library: C[M x N] (+)= A[M x K] B[K x N] in tiles that sit in cache.
 //
 // Operands are made of 32-bit units. For fp32 a unit is one float; for the bf16 dot product it is two
-// neighbours along K, so K counts pairs, and nothing else differs. C is always fp32.
+// neighbours along K, so K counts pairs, and nothing else differs. C is always fp32. An operand split in two
+// parts has the second part of each of its rows half a leading dimension behind the first.
 //
 //   B    panels of kNR columns: unit (k, n) of a panel at b[k * ld + n], its columns contiguous and aligned
 //   A    by rows (unit (i, k) at a[i * ld + k]) or by columns (at a[k * ld + i]), each unit broadcast
@@ -36,23 +37,26 @@ constexpr int kNV = 2;
 #endif
 constexpr int kMR = 6;
 constexpr int kNR = kNV * W;
+template <class E>
+constexpr int kPanelLd = E::kParts * kNR;
 
-// Element policies: what a unit is, the multiply-add on it, and the elements that lie in it.
+// Element policies: what a unit is, the multiply-add on it, the elements that lie in it, and in how many
+// parts.
 struct Single {
   typedef float Unit, Cell;
   typedef vf Vector;
-  static constexpr int kPerUnit = 1;
+  static constexpr int kPerUnit = 1, kParts = 1;
   FASTATTN_ALWAYS vf dot(vf sum, vf a, vf b) { return a * b + sum; }
-  FASTATTN_ALWAYS void store_cells(float* to, vf x) { store(to, x); }
 };
 
 #if defined(FASTATTN_BF16_DOT)
-struct Pair {
+// Elements in bf16, or as sums of two bf16 numbers.
+template <int kPartCount>
+struct Pairs {
   typedef uint32_t Unit;
   typedef uint16_t Cell;
   typedef vu Vector;
-  static constexpr int kPerUnit = 2;
-  FASTATTN_ALWAYS void store_cells(uint16_t* to, vf x) { store(to, to_bf16(x)); }
+  static constexpr int kPerUnit = 2, kParts = kPartCount;
   FASTATTN_ALWAYS vf dot(vf sum, vu a, vu b) {
 #if defined(__AVX512BF16__)
     return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
@@ -64,6 +68,11 @@ struct Pair {
 #endif
   }
 };
+typedef Pairs<1> Pair;
+#if defined(FASTATTN_AMX)
+// Three products for one: that pays where they are taken in tiles.
+typedef Pairs<2> Split;
+#endif
 #endif
 
 template <class E, int MR, int NV, bool kByColumns>
@@ -152,7 +161,7 @@ FASTATTN_ALWAYS void gemm(int n_count, const typename E::Unit* a, int64_t lda, c
                           RowsOf rows_of, DepthOf depth_of) {
 #if defined(FASTATTN_AMX)
   if constexpr (E::kPerUnit == 2 && !kByColumns)
-    amx_gemm(n_count, a, lda, b, panel_stride, ldb, c, ldc, accumulate, rows_of, depth_of);
+    amx_gemm<E::kParts>(n_count, a, lda, b, panel_stride, ldb, c, ldc, accumulate, rows_of, depth_of);
   else
 #endif
     vector_gemm<E, kByColumns>(n_count, a, lda, b, panel_stride, ldb, c, ldc, accumulate, rows_of, depth_of);

@@ -52,8 +52,9 @@ extern const Kernels kernels;
 
 #if defined(FASTATTN_AMX)
 
-#define FASTATTN_BF16_PRODUCTS(Pass) \
-  {nullptr, nullptr, run_units<Pass, BF16, ForBF16>, run_units<Pass, F32, ForBF16>}
+#define FASTATTN_BF16_PRODUCTS(Pass)                                                \
+  {nullptr, nullptr, run_units<Pass, BF16, ForBF16>, run_units<Pass, F32, ForBF16>, \
+   run_units<Pass, F32, Split>}
 
 const Kernels kernels = {FASTATTN_ISA_NAME,
                          FASTATTN_BF16_PRODUCTS(Forward),
@@ -70,7 +71,7 @@ const Kernels kernels = {FASTATTN_ISA_NAME,
 
 #define FASTATTN_BY_DTYPE(Pass)                                                                \
   {run_units<Pass, F32, Single>, run_units<Pass, F16, Single>, run_units<Pass, BF16, ForBF16>, \
-   run_units<Pass, F32, ForBF16>}
+   run_units<Pass, F32, ForBF16>, run_units<Pass, F32, Single>}
 
 const Kernels kernels = {FASTATTN_ISA_NAME,
                          FASTATTN_BY_DTYPE(Forward),

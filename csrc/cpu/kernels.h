@@ -46,12 +46,12 @@ typedef void (*Worker)(Work* work);
 
 struct Kernels {
   const char* name;
-  Worker forward[4];        // by fastattn_dtype
-  Worker forward_merge[4];  // split keys joined, after forward
-  Worker backward_kv[4];    // dk, dv and, where it is wanted too, dq
-  Worker backward_q[4];     // dq alone
-  Worker backward_bias[4];
-  Worker backward_relative[4];
+  Worker forward[5];        // by fastattn_dtype
+  Worker forward_merge[5];  // split keys joined, after forward
+  Worker backward_kv[5];    // dk, dv and, where it is wanted too, dq
+  Worker backward_q[5];     // dq alone
+  Worker backward_bias[5];
+  Worker backward_relative[5];
   Worker hidden_dropout[3];
   Worker rotary[3];
   void (*dropout_mask)(uint64_t seed, float p, int64_t b, int64_t h, int64_t i, int64_t nk, uint8_t* keep);

@@ -157,10 +157,9 @@ KeyPlan plan_keys(const fastattn_problem& p, bool want_dq, EntryList& list) {
     keyless |= s.nk == 0 && s.nq > 0;
   }
   plan.split = p.batch * p.num_kv_heads < kEnoughUnits && plan.longest > 1;
-  const bool fp32 = p.dtype == FASTATTN_F32 || p.dtype == FASTATTN_F32_BF16_PRODUCTS;
   if (want_dq && keyless)
     plan.dq_by_queries = true;
-  else if (want_dq && !fp32 && plan.longest > 1)
+  else if (want_dq && !is_fp32(p.dtype) && plan.longest > 1)
     choose_sums(p, plan);
 
   for (int64_t b = 0; b < p.batch; ++b) {

@@ -65,6 +65,10 @@ static inline Visibility visibility_of(const fastattn_problem& p, const Sequence
   return {s.nk, s.nk - s.nq, p.window_left > reach ? -1 : p.window_left, right};
 }
 
+static inline bool is_fp32(int32_t dtype) {
+  return dtype == FASTATTN_F32 || dtype == FASTATTN_F32_BF16_PRODUCTS || dtype == FASTATTN_F32_SPLIT_PRODUCTS;
+}
+
 static inline bool has_score_terms(const fastattn_problem& p) {
   return p.softcap > 0.0f || p.bias.data != nullptr || p.relative_bias != nullptr ||
          p.alibi_slopes != nullptr || !(p.softmax_scale > 0.0f);

@@ -117,7 +117,7 @@ FASTATTN_ALWAYS void zero_outside(Cell* row, int begin, int end, int padded) {
   for (int j = (int)round_up(end, W); j < padded; j += W) __builtin_memset(row + j, 0, W * sizeof(Cell));
 }
 
-// Whether every unit of an operand is finite: x - x is 0 then, and NaN otherwise.
+// Whether every unit of an operand is finite: x - x is 0 then, and NaN otherwise. Second parts always are.
 inline bool all_finite(const float* rows, int64_t ld, int count, int64_t n) {
   vf sum = {};
   for (int i = 0; i < count; ++i)
@@ -138,26 +138,33 @@ inline bool all_finite(const uint32_t* units, int64_t ld, int count, int64_t n) 
   return hsum(sum) == 0.0f;
 }
 
+template <class E>
 FASTATTN_ALWAYS float unit_value(const float* units, int64_t ld, int row, int64_t d) {
   return units[row * ld + d];
 }
+template <class E>
 FASTATTN_ALWAYS float unit_value(const uint32_t* units, int64_t ld, int row, int64_t d) {
-  const uint32_t pair = units[row / 2 * ld + d], bits = row % 2 != 0 ? pair & 0xFFFF0000u : pair << 16;
-  float x;
-  __builtin_memcpy(&x, &bits, 4);
-  return x;
+  float sum = 0.0f;
+  for (int part = 0; part < E::kParts; ++part) {
+    const uint32_t pair = units[row / 2 * ld + part * ld / 2 + d];
+    const uint32_t bits = row % 2 != 0 ? pair & 0xFFFF0000u : pair << 16;
+    float x;
+    __builtin_memcpy(&x, &bits, 4);
+    sum += x;
+  }
+  return sum;
 }
 
 // sums += weights * keys, visiting visible cells alone: the slow way, taken when a key that only some rows
 // see holds NaN or inf, which times a zero weight would be NaN.
-template <class Unit>
-void add_visible(const TileRows& t, const KeyTile& keys, const float* weights, const Unit* units,
+template <class E>
+void add_visible(const TileRows& t, const KeyTile& keys, const float* weights, const typename E::Unit* units,
                  int64_t units_ld, int64_t n, float* sums, int64_t ld) {
   for (int i = 0; i < t.rows; ++i)
     for (int j = t.begin[i]; j < t.end[i]; ++j) {
       if (keys.holes && keys.keep[j] == 0) continue;
       for (int64_t d = 0; d < n; ++d)
-        sums[i * ld + d] += weights[i * kScoreLd + j] * unit_value(units, units_ld, j, d);
+        sums[i * ld + d] += weights[i * kScoreLd + j] * unit_value<E>(units, units_ld, j, d);
     }
 }
 

@@ -125,8 +125,8 @@ fastattn_status check_tensor(const char* name, const fastattn_tensor& t, const f
   const std::initializer_list<Axis> axes = {
       {"b", packed ? 1 : p.batch, t.stride_b}, {"h", heads, t.stride_h}, {"n", rows, t.stride_n}};
   CHECK(check_span(name, axes, columns));
-  const bool fp32 = p.dtype == FASTATTN_F32 || p.dtype == FASTATTN_F32_BF16_PRODUCTS;
-  return outputs == nullptr ? FASTATTN_OK : outputs->add(name, t.data, fp32 ? 4 : 2, axes, columns);
+  return outputs == nullptr ? FASTATTN_OK
+                            : outputs->add(name, t.data, is_fp32(p.dtype) ? 4 : 2, axes, columns);
 }
 
 // lse, dlse: a number for each query.
@@ -159,8 +159,8 @@ fastattn_status validate_problem(const fastattn_problem* p) {
   REQUIRE(p != nullptr, "problem is a null pointer.");
   REQUIRE(p->struct_size == sizeof(fastattn_problem),
           "problem.struct_size is %u; this library's problem has %zu bytes.", p->struct_size, sizeof(*p));
-  REQUIRE(p->dtype >= FASTATTN_F32 && p->dtype <= FASTATTN_F32_BF16_PRODUCTS,
-          "dtype is %d; it must be 0, 1, 2 or 3.", p->dtype);
+  REQUIRE(p->dtype >= FASTATTN_F32 && p->dtype <= FASTATTN_F32_SPLIT_PRODUCTS,
+          "dtype is %d; it must be in 0..4.", p->dtype);
   REQUIRE(p->batch >= 0 && p->batch < kMostRows, "batch is %lld; it must be in 0..2^31-1.",
           (long long)p->batch);
   REQUIRE(p->num_heads >= 1 && p->num_heads < kMostRows, "num_heads is %lld; it must be positive.",

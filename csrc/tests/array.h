@@ -80,7 +80,9 @@ float half_to_float(uint16_t half);
 uint16_t float_to_half(float value);
 uint16_t float_to_bfloat(float value);
 
-inline bool is_fp32(int dtype) { return dtype == FASTATTN_F32 || dtype == FASTATTN_F32_BF16_PRODUCTS; }
+inline bool is_fp32(int dtype) {
+  return dtype == FASTATTN_F32 || dtype == FASTATTN_F32_BF16_PRODUCTS || dtype == FASTATTN_F32_SPLIT_PRODUCTS;
+}
 inline size_t size_of(int dtype) { return is_fp32(dtype) ? 4 : 2; }
 
 // A four-dimensional array; a dimension of stride 0 is broadcast and counts as one element, also where the

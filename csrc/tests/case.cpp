@@ -71,7 +71,7 @@ Case random_case(Random& random) {
   const int64_t usual_dims = long_keys ? 9 : 13;
   Case c;
   c.random_seed = random();
-  c.dtype = static_cast<int>(below(4));
+  c.dtype = static_cast<int>(below(5));
   c.num_kv_heads = 1 + below(long_keys ? 2 : 3);
   c.num_heads = c.num_kv_heads * (1 + below(long_keys ? 2 : 3));
   c.head_dim = dims[!long_keys && chance(8) ? 13 + below(2) : below(usual_dims)];

@@ -142,7 +142,7 @@ struct Harness {
     fastattn_problem p = {};
     p.struct_size = struct_size(sizeof p);
     p.reserved0 = static_cast<int32_t>(reserved());
-    p.dtype = static_cast<int32_t>(bytes.rarely() ? bytes.below(7) - 2 : bytes.below(4));
+    p.dtype = static_cast<int32_t>(bytes.rarely() ? bytes.below(8) - 2 : bytes.below(5));
     p.batch = bytes.dimension(3);
     p.num_kv_heads = bytes.dimension(3);
     p.num_heads = bytes.rarely() || p.num_kv_heads < 0 || p.num_kv_heads > 8

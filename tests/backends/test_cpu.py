@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -104,6 +105,67 @@ def test_medium_precision_takes_fp32_products_in_bfloat16(cpu, monkeypatch, medi
     assert not torch.equal(out, full)
     torch.set_float32_matmul_precision("highest")
     assert torch.equal(full, fastattn.attention(q, k, v, backend="cpu"))
+
+
+@pytest.mark.skipif("amx_bf16" not in _isas(), reason="this machine has no AMX")
+def test_high_precision_splits_fp32_products(cpu, monkeypatch):
+    """Sums of two bfloat16 numbers keep 16 bits: errors below 2**-15, where one alone leaves 2**-9."""
+    monkeypatch.setenv("FASTATTN_CPU_ISA", "amx_bf16")
+    for limit in ("_SPLIT_SEQLEN", "_SPLIT_HEAD_DIM"):
+        monkeypatch.setattr(sys.modules[type(cpu).__module__], limit, 1)
+    precisions = ("high", "highest")
+    for case in (
+        oracle.Case(lengths=((35, 70),), head_dim=40, head_dim_v=24),
+        oracle.Case(lengths=((300, 520),) * 2, head_dim=64, head_dim_v=64, options={"causal": True}),
+        oracle.Case(lengths=((300, 300),), kv_heads=70, head_dim=64, head_dim_v=64, mask=0.4),
+        oracle.Case(
+            lengths=((33, 0), (70, 129), (1, 40)),
+            packed=True,
+            group=2,
+            head_dim=65,
+            head_dim_v=65,
+            relative_bias=True,
+            options={"dropout_p": 0.3, "seed": 5, "softcap": 5.0},
+            wanted=("q", "k", "v", "relative_bias"),
+        ),
+        oracle.Case(lengths=((40, 90),) * 2, mask=0.4, wanted=("q",), layout="sliced"),
+        oracle.Case(lengths=((40, 90),) * 2, bias=(False, True, True, True), wanted=("k", "v", "bias")),
+    ):
+        tensors = case.tensors()
+        exact = oracle.run(case, tensors, _upstream(case, tensors), backend="reference", dtype=torch.float64)
+        found = {}
+        for precision in precisions:
+            monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda precision=precision: precision)
+            found[precision] = oracle.run(case, tensors, _upstream(case, tensors), backend="cpu")
+        for name, right in exact.items():
+            seen = right.isfinite()  # no key, no lse
+            scale = right[seen].square().mean().sqrt()
+            error, error_fp32 = (
+                (found[precision][name].double() - right)[seen].square().mean().sqrt() / scale
+                for precision in precisions
+            )
+            assert error <= 2**-15, (name, error)
+            assert error > error_fp32, "or nothing was split"
+
+
+def _upstream(case, tensors):
+    generator = torch.Generator().manual_seed(1)
+    shape = (*tensors["q"].shape[:-1], case.head_dim_v)
+    return {"out": torch.randn(shape, generator=generator, dtype=torch.float64), "lse": None}
+
+
+@pytest.mark.skipif("amx_bf16" not in _isas(), reason="this machine has no AMX")
+def test_split_products_leave_out_what_no_query_sees(cpu, monkeypatch):
+    """Infinities and NaN in keys that causal attention hides reach no other row."""
+    monkeypatch.setenv("FASTATTN_CPU_ISA", "amx_bf16")
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    q, k, v = (torch.randn(1, 2, 1100, 64) for _ in range(3))
+    assert "each fp32 number as two" in fastattn.explain(q, k, v, backend="cpu").kernel
+    clean = fastattn.attention(q, k, v, causal=True, backend="cpu")
+    k[:, :, 700:], v[:, :, 700:] = math.inf, math.nan
+    spoilt = fastattn.attention(q, k, v, causal=True, backend="cpu")
+    torch.testing.assert_close(spoilt[:, :, :700], clean[:, :, :700], rtol=1e-4, atol=1e-4)
+    assert "two" not in fastattn.explain(q[:, :, :600], k[:, :, :600], v[:, :, :600], backend="cpu").kernel
 
 
 def test_the_library_is_there():

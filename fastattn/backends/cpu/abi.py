@@ -18,7 +18,7 @@ from ...problem import AttentionInputs, AttentionProblem
 ABI_VERSION = 1
 STATUS_OK, STATUS_INVALID_ARGUMENT, STATUS_UNSUPPORTED, STATUS_OUT_OF_MEMORY = range(4)
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_F32_BF16_PRODUCTS = 3
+F32_BF16_PRODUCTS, F32_SPLIT_PRODUCTS = 3, 4
 
 # Native byte order and alignment; i int32, I uint32, q int64, Q uint64 or a pointer, f float.
 _TENSOR = "Qqqq"  # data, stride_b, stride_h, stride_n
@@ -65,14 +65,14 @@ _NO_BIAS = (0, 0, 0, 0, 0)
 _NOTHING_OPTIONAL = (None,) * 7
 
 
-def fixed_part(problem: AttentionProblem, bf16_products: bool = False) -> bytes:
+def fixed_part(problem: AttentionProblem, dtype: int | None = None) -> bytes:
     """The front of fastattn_problem, the same for every call: all but q, k, v and optional tensors.
 
-    bf16_products: products of fp32 matrices may be taken in bfloat16.
+    dtype: that of the problem, or one that says how products of fp32 matrices are taken.
     """
     fixed = _FIXED.pack(
         _PROBLEM_SIZE,
-        _F32_BF16_PRODUCTS if bf16_products else DTYPES[problem.dtype],
+        DTYPES[problem.dtype] if dtype is None else dtype,
         problem.batch,
         problem.num_heads,
         problem.num_kv_heads,

@@ -17,6 +17,8 @@ from . import abi
 from .library import PATH, LibraryMissingError, open_library, torch_parallel_for
 
 _CACHE_SIZE = 4096
+# From there on split products are faster than fp32's, where the library has them (docs/performance-cpu.md).
+_SPLIT_SEQLEN, _SPLIT_HEAD_DIM = 1024, 64
 
 
 class CpuBackend:
@@ -29,7 +31,7 @@ class CpuBackend:
         self._library: ctypes.CDLL | None = None
         self._unavailable: str | None = None
         self._parallel_for = 0
-        self._fixed_parts: dict[bool, dict[AttentionProblem, bytes]] = {False: {}, True: {}}
+        self._fixed_parts: dict[int, dict[AttentionProblem, bytes]] = {dtype: {} for dtype in range(5)}
         self._executors: dict[int, bytes] = {}
 
     def status(self) -> str | None:
@@ -64,8 +66,11 @@ class CpuBackend:
 
     def kernel(self, problem: AttentionProblem) -> str:
         isa = self.isa()
-        if _bf16_products(problem) and isa.endswith("bf16"):
+        dtype = _dtype(problem)
+        if dtype == abi.F32_BF16_PRODUCTS and isa.endswith("bf16"):
             return f"{isa}, with products in bfloat16 as float32_matmul_precision 'medium' allows"
+        if dtype == abi.F32_SPLIT_PRODUCTS and isa == "amx_bf16":
+            return f"{isa}, each fp32 number as two of bfloat16, as float32_matmul_precision 'high' allows"
         return isa
 
     def isa(self) -> str:
@@ -127,11 +132,11 @@ class CpuBackend:
         return keep.bool()
 
     def _problem(self, problem: AttentionProblem, inputs: AttentionInputs) -> bytes:
-        bf16_products = _bf16_products(problem)
-        fixed_parts = self._fixed_parts[bf16_products]
+        dtype = _dtype(problem)
+        fixed_parts = self._fixed_parts[dtype]
         fixed = fixed_parts.get(problem)
         if fixed is None:
-            fixed = abi.fixed_part(problem, bf16_products)
+            fixed = abi.fixed_part(problem, dtype)
             if len(fixed_parts) >= _CACHE_SIZE:
                 fixed_parts.clear()
             fixed_parts[problem] = fixed
@@ -157,9 +162,15 @@ class CpuBackend:
         raise FastattnError(f"the CPU library failed with status {status}: {message}")
 
 
-def _bf16_products(problem: AttentionProblem) -> bool:
-    """Whether torch's setting, which its linears heed too, allows bfloat16 products of fp32 matrices."""
-    return problem.dtype is torch.float32 and torch.get_float32_matmul_precision() == "medium"
+def _dtype(problem: AttentionProblem) -> int:
+    """As the library counts them: fp32 with what torch's setting, which its linears heed too, allows."""
+    if problem.dtype is torch.float32:
+        allowed = torch.get_float32_matmul_precision()
+        if allowed == "medium":
+            return abi.F32_BF16_PRODUCTS
+        if allowed == "high" and problem.seqlen_k >= _SPLIT_SEQLEN and problem.head_dim >= _SPLIT_HEAD_DIM:
+            return abi.F32_SPLIT_PRODUCTS
+    return abi.DTYPES[problem.dtype]
 
 
 backend = CpuBackend()

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import planted
+import fault_kinds
 import oracle
 import pytest
 import torch
@@ -47,8 +47,8 @@ OPEN = {
     ("wide forward sm_80", "one group too few waited for"): "unnoticed",
     ("wide dkdv sm_80", "store not masked"): "unnoticed",
     ("wide dkdv sm_90", "store not masked"): "unnoticed",
-    ("bias dbias sm_90", "wgmma: fence of registers removed"): planted.RESULTS,
-    ("bias dbias sm_90", "wgmma: proxy fence removed"): planted.RESULTS,
+    ("bias dbias sm_90", "wgmma: fence of registers removed"): fault_kinds.RESULTS,
+    ("bias dbias sm_90", "wgmma: proxy fence removed"): fault_kinds.RESULTS,
 }
 
 
@@ -98,24 +98,24 @@ class Kernel:
             if not torch.allclose(
                 x, y, rtol=1e-3, atol=1e-3 * float(y.masked_fill(y.isinf(), 0).abs().max())
             ):
-                return planted.RESULTS
+                return fault_kinds.RESULTS
         return None
 
 
 def planted(kernel, most, leave_out=()):
     """By the names of the faults that have a place: how often each outcome was seen ("unnoticed": None).
 
-    Places without effect (see planted.py) don't count.
+    Places without effect (see fault_kinds.py) don't count.
     """
     found = {}
-    for name, fault in planted.FAULTS.items():
+    for name, fault in fault_kinds.FAULTS.items():
         outcomes = Counter()
-        for place in planted.places(name, kernel.ptx, most) if name not in leave_out else ():
-            outcome = kernel.outcome(planted.plant(kernel.ptx, place, fault.replacement))
+        for place in fault_kinds.places(name, kernel.ptx, most) if name not in leave_out else ():
+            outcome = kernel.outcome(fault_kinds.plant(kernel.ptx, place, fault.replacement))
             without_effect = (
                 outcome is None
                 and fault.probe is not None
-                and kernel.outcome(planted.plant(kernel.ptx, place, fault.probe)) is None
+                and kernel.outcome(fault_kinds.plant(kernel.ptx, place, fault.probe)) is None
             )
             if not without_effect:
                 outcomes[outcome or "unnoticed"] += 1
@@ -127,7 +127,7 @@ def planted(kernel, most, leave_out=()):
 def check(outcomes, kernel=""):
     """Each fault was noticed, by what is meant to tell of it."""
     for name, seen in outcomes.items():
-        fault = planted.FAULTS[name]
+        fault = fault_kinds.FAULTS[name]
         allowed = fault.noticed_by | ({"unnoticed"} if fault.spare else set())
         allowed |= {OPEN.get((kernel, name), "")}
         assert seen.keys() <= allowed, (name, seen)
@@ -183,10 +183,10 @@ def test_faults_in_small_kernels(problem, name, monkeypatch):
 def test_a_place_without_effect_is_told_from_a_fault_unnoticed():
     """The probe of a copy is one whatever stands before it."""
     text = "@%p5 cp.async.cg.shared.global [ %r1 + 0 ], [ %rd2 + 16 ], 0x10, %r3;"
-    fault = planted.FAULTS["copy left out"]
+    fault = fault_kinds.FAULTS["copy left out"]
     (place,) = re.finditer(fault.pattern, text)
-    assert planted.plant(text, place, fault.replacement) == ";"
-    assert planted.plant(text, place, fault.probe) == text.replace("+ 16", f"+ {2**40}")
+    assert fault_kinds.plant(text, place, fault.replacement) == ";"
+    assert fault_kinds.plant(text, place, fault.probe) == text.replace("+ 16", f"+ {2**40}")
 
 
 def test_the_document_has_the_totals():
@@ -197,7 +197,7 @@ def test_the_document_has_the_totals():
         check(outcomes, kernel)
         for name, seen in outcomes.items():
             counts.update(seen)
-            spare += seen.get("unnoticed", 0) * planted.FAULTS[name].spare
+            spare += seen.get("unnoticed", 0) * fault_kinds.FAULTS[name].spare
     missed = counts.pop("unnoticed")
     noticed = counts.total()
     text = " ".join(DOCUMENT.read_text(encoding="utf-8").split())

@@ -165,7 +165,7 @@ def test_split_products_leave_out_what_no_query_sees(cpu, monkeypatch):
     k[:, :, 700:], v[:, :, 700:] = math.inf, math.nan
     spoilt = fastattn.attention(q, k, v, causal=True, backend="cpu")
     torch.testing.assert_close(spoilt[:, :, :700], clean[:, :, :700], rtol=1e-4, atol=1e-4)
-    assert "two" not in fastattn.explain(q[:, :, :600], k[:, :, :600], v[:, :, :600], backend="cpu").kernel
+    assert "two" not in fastattn.explain(q[:, :, :500], k[:, :, :500], v[:, :, :500], backend="cpu").kernel
 
 
 def test_the_library_is_there():

@@ -18,7 +18,7 @@ from .library import PATH, LibraryMissingError, open_library, torch_parallel_for
 
 _CACHE_SIZE = 4096
 # From there on split products are faster than fp32's, where the library has them (docs/performance-cpu.md).
-_SPLIT_SEQLEN, _SPLIT_HEAD_DIM = 1024, 64
+_SPLIT_SEQLEN, _SPLIT_HEAD_DIM = 512, 64
 
 
 class CpuBackend:

@@ -55,7 +55,7 @@ TEST(scalars_out_of_range) {
       {"struct_size of the result", [](Instance& x) { x.result.struct_size = 4; }},
       {"reserved0", [](Instance& x) { x.problem.reserved0 = 1; }},
       {"reserved0 of the result", [](Instance& x) { x.result.reserved0 = 1; }},
-      {"dtype 4", [](Instance& x) { x.problem.dtype = 4; }},
+      {"dtype 5", [](Instance& x) { x.problem.dtype = 5; }},
       {"dtype -1", [](Instance& x) { x.problem.dtype = -1; }},
       {"batch -1", [](Instance& x) { x.problem.batch = -1; }},
       {"batch huge", [=](Instance& x) { x.problem.batch = huge; }},

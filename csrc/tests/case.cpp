@@ -35,7 +35,7 @@ fastattn_bias bias_of(const Array& array, bool wanted = true) {
 }  // namespace
 
 std::string Case::describe() const {
-  static const char* const kDtypes[] = {"f32", "f16", "bf16", "f32 in bf16"};
+  static const char* const kDtypes[] = {"f32", "f16", "bf16", "f32 in bf16", "f32 split"};
   static const char* const kLayouts[] = {"contiguous", "rows first", "gaps"};
   static const char* const kMasks[] = {"none", "right", "left", "holes", "empty row"};
   static const char* const kBiases[] = {"none", "full", "per head", "per batch", "per key"};

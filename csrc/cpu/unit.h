@@ -36,7 +36,8 @@ class Stream {
   template <class Storage>
   void add(const Storage* rows, int64_t stride, int64_t count, int64_t n) {
     if (count <= 0) return;
-    sources_[sources_used_++] = {(const char*)rows, stride * (int64_t)sizeof(Storage), count,
+    // Of a single row any stride is allowed.
+    sources_[sources_used_++] = {(const char*)rows, count > 1 ? stride * (int64_t)sizeof(Storage) : 0, count,
                                  (n * (int64_t)sizeof(Storage) + 63) / 64};
     if (count > rows_) rows_ = count;
   }

@@ -15,12 +15,12 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
-import time
 from collections.abc import Callable
 
 import peft
 import torch
 import transformers
+from seeded_bert import interleaved, step
 from torch import nn
 from transformers.models.llama import modeling_llama
 
@@ -87,11 +87,6 @@ def batch(samples: int, length: int) -> dict:
     return {"input_ids": ids, "labels": ids, "use_cache": False}
 
 
-def step(model: nn.Module, inputs: dict) -> None:
-    model.zero_grad()
-    model(**inputs).loss.backward()
-
-
 @torch.no_grad()
 def prompt(model: nn.Module, inputs: dict) -> None:
     model(input_ids=inputs["input_ids"], logits_to_keep=1)
@@ -104,15 +99,14 @@ def of_transformers(model: nn.Module) -> nn.Module:
 
 def shares(models: dict[str, nn.Module], run: Callable[[nn.Module], None], rounds: int) -> str:
     own = modeling_llama.apply_rotary_pos_emb
-    times = {arm: [] for arm in models}
-    for turn in range(rounds + 1):
-        for arm in list(models)[:: 1 if turn % 2 else -1]:
-            modeling_llama.apply_rotary_pos_emb = (lambda q, k, cos, sin: (q, k)) if arm == "none" else own
-            start = time.process_time()
-            run(models[arm])
-            if turn:
-                times[arm].append(time.process_time() - start)
+
+    def of(arm: str) -> None:
+        modeling_llama.apply_rotary_pos_emb = (lambda q, k, cos, sin: (q, k)) if arm == "none" else own
+        run(models[arm])
+
+    found = interleaved({arm: functools.partial(of, arm) for arm in models}, rounds)
     modeling_llama.apply_rotary_pos_emb = own
+    times = {arm: [cpu for _, cpu in measured] for arm, measured in found.items()}
     of_theirs, of_ours, ratio = (
         statistics.median(map(f, times["transformers"], times["fastattn"], times["none"]))
         for f in (lambda a, b, c: 1 - c / a, lambda a, b, c: 1 - c / b, lambda a, b, c: a / b)

@@ -1,4 +1,4 @@
-"""A seeded BERT of MiniLM's kind and its training step, for the benchmarks beside this file."""
+"""A seeded BERT of MiniLM's kind; and, for any model, a training step and steps timed in turns."""
 
 from __future__ import annotations
 

@@ -45,8 +45,7 @@ typedef enum {
   FASTATTN_BF16 = 2,
   /* As dtype of a problem for the CPU: fp32 tensors whose products of matrices may be taken in bf16. */
   FASTATTN_F32_BF16_PRODUCTS = 3,
-  /* The same with each element as the sum of two bf16 numbers; fp32 products where that would not be faster.
-   */
+  /* The same with each element as the sum of two bf16 numbers, and in fp32 where that is not faster. */
   FASTATTN_F32_SPLIT_PRODUCTS = 4
 } fastattn_dtype;
 

@@ -1,4 +1,4 @@
-"""The only torch.library registrations, fastattn::forward and fastattn::backward, and the way past them.
+"""torch.library's fastattn::forward, backward and hidden_dropout, and the way past them; rotary.py adds one.
 
 A call through the dispatcher passes its layers from the top: autocast casts q, k and v; autograd records what
 backward needs, and nothing when no gradient is wanted; the kernel layer describes the problem, allocates the

@@ -4,6 +4,7 @@
 #define FASTATTN_CPU_HIDDEN_DROPOUT_H
 
 #include "dropout.h"
+#include "unit.h"
 
 namespace fastattn::FASTATTN_ISA_NS {
 
@@ -40,10 +41,7 @@ void hidden_dropout(Work* work) {
   typedef typename T::Storage Storage;
   const fastattn_hidden_dropout& io = *work->hidden_dropout;
   const Dropout dropout(io.seed, io.dropout_p);
-  for (;;) {
-    const int64_t first = __atomic_fetch_add(&work->next, work->grain, __ATOMIC_RELAXED);
-    if (first >= io.rows) return;
-    const int64_t last = first + work->grain < io.rows ? first + work->grain : io.rows;
+  take_ranges(*work, [&](int64_t first, int64_t last) {
     int64_t b, start, end;  // the sequence of the row, and the rows it has
     if (io.cu_seqlens == nullptr) {
       b = first / io.seqlen, start = b * io.seqlen, end = start + io.seqlen;
@@ -59,7 +57,7 @@ void hidden_dropout(Work* work) {
       drop_row<T>(dropout, b, r - start, (const Storage*)io.x + r * io.columns, io.columns,
                   (Storage*)io.out + r * io.columns);
     }
-  }
+  });
 }
 
 }  // namespace fastattn::FASTATTN_ISA_NS

@@ -44,14 +44,16 @@ struct Work {
 
 typedef void (*Worker)(Work* work);
 
+constexpr int kDtypes = FASTATTN_F32_SPLIT_PRODUCTS + 1;
+
 struct Kernels {
   const char* name;
-  Worker forward[5];        // by fastattn_dtype
-  Worker forward_merge[5];  // split keys joined, after forward
-  Worker backward_kv[5];    // dk, dv and, where it is wanted too, dq
-  Worker backward_q[5];     // dq alone
-  Worker backward_bias[5];
-  Worker backward_relative[5];
+  Worker forward[kDtypes];        // by fastattn_dtype
+  Worker forward_merge[kDtypes];  // split keys joined, after forward
+  Worker backward_kv[kDtypes];    // dk, dv and, where it is wanted too, dq
+  Worker backward_q[kDtypes];     // dq alone
+  Worker backward_bias[kDtypes];
+  Worker backward_relative[kDtypes];
   Worker hidden_dropout[3];
   Worker rotary[3];
   void (*dropout_mask)(uint64_t seed, float p, int64_t b, int64_t h, int64_t i, int64_t nk, uint8_t* keep);

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "pack.h"
+#include "unit.h"
 
 namespace fastattn::FASTATTN_ISA_NS {
 
@@ -66,10 +67,7 @@ template <class T>
 void rotary(Work* work) {
   const fastattn_rotary& io = *work->rotary;
   Turn turn;
-  for (;;) {
-    const int64_t first = __atomic_fetch_add(&work->next, work->grain, __ATOMIC_RELAXED);
-    if (first >= work->unit_count) return;
-    const int64_t last = first + work->grain < work->unit_count ? first + work->grain : work->unit_count;
+  take_ranges(*work, [&](int64_t first, int64_t last) {
     for (int64_t r = first; r < last; ++r) {
       const int64_t b = r / io.seqlen, n = r % io.seqlen;
       if (io.table_dtype == FASTATTN_F32)
@@ -79,7 +77,7 @@ void rotary(Work* work) {
       rotate_heads<T>(turn, io, io.q, io.q_out, io.num_heads, b, n);
       rotate_heads<T>(turn, io, io.k, io.k_out, io.num_kv_heads, b, n);
     }
-  }
+  });
 }
 
 }  // namespace fastattn::FASTATTN_ISA_NS

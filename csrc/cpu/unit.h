@@ -61,19 +61,26 @@ class Stream {
   int64_t rows_ = 0, next_ = 0, per_step_ = 0;
 };
 
+// Calls body(first, last) for ranges of units until none is left.
+template <class Body>
+FASTATTN_ALWAYS void take_ranges(Work& work, Body body) {
+  for (;;) {
+    const int64_t first = __atomic_fetch_add(&work.next, work.grain, __ATOMIC_RELAXED);
+    if (first >= work.unit_count) return;
+    body(first, first + work.grain < work.unit_count ? first + work.grain : work.unit_count);
+  }
+}
+
 // Calls body(entry, head, next entry or nullptr, next head) for units until none is left; the next unit is
 // known where it is taken together with this one.
 template <class Body>
 FASTATTN_ALWAYS void take_units(Work& work, int64_t heads, Body body) {
-  for (;;) {
-    const int64_t first = __atomic_fetch_add(&work.next, work.grain, __ATOMIC_RELAXED);
-    if (first >= work.unit_count) return;
-    const int64_t last = first + work.grain < work.unit_count ? first + work.grain : work.unit_count;
+  take_ranges(work, [&](int64_t first, int64_t last) {
     for (int64_t u = first; u < last; ++u) {
       const Entry* next = u + 1 < last ? &work.entries[(u + 1) / heads] : nullptr;
       body(work.entries[u / heads], u % heads, next, (u + 1) % heads);
     }
-  }
+  });
 }
 
 // The thread's workspace, laid out by `kernel`: measured with a null arena first, then for real.

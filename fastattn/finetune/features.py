@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fastattn.errors import MissingDependencyError
 from fastattn.finetune.errors import UserInputError
 from fastattn.frozen import FeatureCache
 
@@ -71,9 +71,7 @@ class CachedHead:
     def _open(self, kind: str, directory: str) -> FeatureCache:
         try:
             return FeatureCache(self.model.base_model, features=kind, directory=directory)
-        except MissingDependencyError:
-            raise
-        except Exception as error:  # a folder that cannot be made, or holds a broken file of features
+        except (OSError, SafetensorError) as error:  # it cannot be made, or holds a broken file of features
             raise self._refusal(f"{directory} cannot be used: {error}") from error
 
     @staticmethod

@@ -53,13 +53,15 @@ def lost_cut(layers: Sequence[nn.Module], args: tuple, kwargs: dict) -> str | No
     args and kwargs are the first layer's. Whoever calls must know that the caller of the model asked for no
     gradient of its inputs.
     """
-    frozen = len(list(takewhile(lambda layer: not _trains(layer), layers)))
     hidden, *others = args or (kwargs.get("hidden_states"),)
     # Reentrant checkpointing runs layers without gradients at first; in evaluation there are none.
-    if not frozen or not (torch.is_grad_enabled() or layers[0].training):
+    if not (torch.is_grad_enabled() or layers[0].training):
         return None
+    if not isinstance(hidden, Tensor) or not hidden.requires_grad:
+        return None
+    frozen = len(list(takewhile(lambda layer: not _trains(layer), layers)))
     kwargs = {name: x for name, x in kwargs.items() if name != "hidden_states"}
-    if not isinstance(hidden, Tensor) or _needs_gradient(others, kwargs) or not _is_made_to(hidden):
+    if not frozen or _needs_gradient(others, kwargs) or not _is_made_to_need_one(hidden):
         return None
     checkpoint = getattr(layers[0], "_gradient_checkpointing_func", None)
     reentrant = getattr(layers[0], "gradient_checkpointing", False) and getattr(
@@ -84,10 +86,8 @@ def _needs_gradient(args: Sequence, kwargs: dict) -> bool:
     return any(isinstance(x, Tensor) and x.requires_grad for x in (*args, *kwargs.values()))
 
 
-def _is_made_to(hidden: Tensor) -> bool:
-    """Whether it needs a gradient although no parameter is in its history."""
-    if not hidden.requires_grad:
-        return False
+def _is_made_to_need_one(hidden: Tensor) -> bool:
+    """Whether what needs a gradient does so although no parameter is in its history."""
     if hidden.is_leaf:
         return not isinstance(hidden, nn.Parameter)
     seen, todo = set(), [hidden.grad_fn]

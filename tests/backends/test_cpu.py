@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import oracle
@@ -71,6 +72,17 @@ def medium_precision():
     torch.set_float32_matmul_precision(before)
 
 
+_MANY_FEATURES = oracle.Case(
+    lengths=((33, 0), (70, 129), (1, 40)),
+    packed=True,
+    group=2,
+    head_dim=65,
+    head_dim_v=65,
+    relative_bias=True,
+    options={"dropout_p": 0.3, "seed": 5, "softcap": 5.0},
+    wanted=("q", "k", "v", "relative_bias"),
+)
+
 _BF16_ISAS = [isa for isa in _isas() if isa.endswith("bf16")]
 
 
@@ -82,17 +94,7 @@ def test_medium_precision_takes_fp32_products_in_bfloat16(cpu, monkeypatch, medi
     for case in (
         oracle.Case(dtype=torch.bfloat16, lengths=((35, 70),), head_dim=40, head_dim_v=24),
         oracle.Case(dtype=torch.bfloat16, lengths=((300, 300),), head_dim=64, options={"causal": True}),
-        oracle.Case(
-            dtype=torch.bfloat16,
-            lengths=((33, 0), (70, 129), (1, 40)),
-            packed=True,
-            group=2,
-            head_dim=65,
-            head_dim_v=65,
-            relative_bias=True,
-            options={"dropout_p": 0.3, "seed": 5, "softcap": 5.0},
-            wanted=("q", "k", "v", "relative_bias"),
-        ),
+        replace(_MANY_FEATURES, dtype=torch.bfloat16),
         oracle.Case(dtype=torch.bfloat16, lengths=((40, 90),) * 2, mask=0.4, wanted=("q",), layout="sliced"),
     ):
         oracle.check(case, given_as=torch.float32)
@@ -118,16 +120,7 @@ def test_high_precision_splits_fp32_products(cpu, monkeypatch):
         oracle.Case(lengths=((35, 70),), head_dim=40, head_dim_v=24),
         oracle.Case(lengths=((300, 520),) * 2, head_dim=64, head_dim_v=64, options={"causal": True}),
         oracle.Case(lengths=((300, 300),), kv_heads=70, head_dim=64, head_dim_v=64, mask=0.4),
-        oracle.Case(
-            lengths=((33, 0), (70, 129), (1, 40)),
-            packed=True,
-            group=2,
-            head_dim=65,
-            head_dim_v=65,
-            relative_bias=True,
-            options={"dropout_p": 0.3, "seed": 5, "softcap": 5.0},
-            wanted=("q", "k", "v", "relative_bias"),
-        ),
+        _MANY_FEATURES,
         oracle.Case(lengths=((40, 90),) * 2, mask=0.4, wanted=("q",), layout="sliced"),
         oracle.Case(lengths=((40, 90),) * 2, bias=(False, True, True, True), wanted=("k", "v", "bias")),
     ):

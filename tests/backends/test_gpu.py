@@ -11,27 +11,14 @@ from hypothesis import HealthCheck, given, reject, settings
 from oracle import Case
 
 import fastattn
-from fastattn import dispatch
 from fastattn.errors import UnsupportedError
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device"),
+    pytest.mark.usefixtures("on_the_gpu"),
+]
 
 LONG = ((1023, 1100),)
-
-
-@pytest.fixture(scope="module", params=["triton", "cuda"])
-def backend(request):
-    loaded = dispatch.load(request.param)
-    if isinstance(loaded, str):
-        pytest.skip(f"{request.param}: {loaded}")
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def on_the_gpu():
-    torch.set_default_device("cuda")
-    yield
-    torch.set_default_device(None)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from zoo import BACKEND, batch, deviation, rows_in_layers, run, specimen, training_inputs, twin
+from measures import rows_in_layers
+from zoo import BACKEND, batch, deviation, run, specimen, training_inputs, twin
 
 from fastattn import log
 from fastattn.errors import UnsupportedError

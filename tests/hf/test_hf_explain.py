@@ -6,11 +6,11 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 import peft
+from measures import saved_bytes
 from seq2seq_zoo import targets
 from zoo import BACKEND, ZOO, batch, build, labels_for, specimen, training_inputs
 
 from fastattn.errors import InvalidArgumentError, UnsupportedModelError
-from fastattn.finetune.measure import SavedBytes
 from fastattn.hf import explain, patch, unpatch
 
 
@@ -19,13 +19,6 @@ def adapted(model, targets=("query", "value"), task="SEQ_CLS"):
     return peft.get_peft_model(
         model, peft.LoraConfig(r=4, target_modules=list(targets), task_type=task)
     ).train()
-
-
-def saved(model, inputs) -> int:
-    counter = SavedBytes((*model.parameters(), *model.buffers()))
-    with counter.counting():
-        model(**inputs)
-    return counter.bytes
 
 
 def wide(padding: str = "right") -> dict:
@@ -39,7 +32,7 @@ def test_predicted_measured_and_counted_agree(padding, mode):
     model = patch(adapted(build("bert")), recompute=mode, backend=BACKEND)
     inputs = wide(padding)
     explained = explain(model, inputs)
-    assert explained.saved_bytes == saved(model, inputs)
+    assert explained.saved_bytes == saved_bytes(model, inputs)
     assert explained.predicted_bytes == pytest.approx(explained.saved_bytes, rel=0.02)
     assert len(explained.layers) == 4
     assert sum(layer.saved_bytes for layer in explained.layers) == explained.saved_bytes
@@ -99,7 +92,7 @@ def test_every_kind_of_model(name, mode, dtype):
     if mode != "unpatched":
         patch(model, recompute=mode, backend=BACKEND)
     explained = explain(model, inputs)
-    assert explained.saved_bytes == saved(model, inputs)
+    assert explained.saved_bytes == saved_bytes(model, inputs)
     assert explained.predicted_bytes == pytest.approx(explained.saved_bytes, rel=0.02)
     assert explained.predicted_flops == pytest.approx(explained.recompute_flops, rel=1e-6)
     assert (explained.recompute_flops > 0) == (mode == "auto")
@@ -121,7 +114,7 @@ def test_heads_that_read_where_a_sample_ends(head, mode, caplog, monkeypatch):
     if mode != "unpatched":
         patch(model, recompute=mode, backend=BACKEND)
     explained = explain(model, inputs)
-    assert explained.saved_bytes == saved(model, inputs)
+    assert explained.saved_bytes == saved_bytes(model, inputs)
     for layer in explained.layers[:-1]:
         assert layer.predicted_bytes == pytest.approx(layer.saved_bytes, rel=0.02)
     assert explained.predicted_flops == pytest.approx(explained.recompute_flops, rel=1e-6)

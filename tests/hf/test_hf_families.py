@@ -14,6 +14,7 @@ import torch
 
 pytest.importorskip("transformers")
 import transformers
+from measures import rows_in_layers
 from zoo import (
     BACKEND,
     FRAMES,
@@ -22,7 +23,6 @@ from zoo import (
     batch,
     deviation,
     recordings,
-    rows_in_layers,
     run,
     specimen,
     training_inputs,

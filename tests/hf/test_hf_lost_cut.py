@@ -6,9 +6,9 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 import peft
+from measures import saved_bytes
 from zoo import BACKEND, ZOO, specimen, training_inputs
 
-from fastattn.finetune.measure import SavedBytes
 from fastattn.hf import explain, patch
 
 SAID = "layers train nothing, yet backward runs through them"
@@ -50,20 +50,13 @@ def inputs_of(name: str) -> dict:
     return training_inputs(name, padding="none" if ZOO[name].kind == "vision" else "right")
 
 
-def saved(model: torch.nn.Module, inputs: dict) -> int:
-    counter = SavedBytes((*model.parameters(), *model.buffers()))
-    with counter.counting():
-        model(**inputs).loss.backward()
-    return counter.bytes
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_hook_on_the_embeddings(name, said):
     model, inputs = patch(top_trained(name), backend=BACKEND), inputs_of(name)
     assert not explain(model, inputs).notes
-    before = saved(model, inputs)
+    before = saved_bytes(model, inputs)
     assert not said()
-    assert saved(hooked(model, "transformers"), inputs) > before
+    assert saved_bytes(hooked(model, "transformers"), inputs) > before
     assert said()
     assert f"the first {2 if name == 'albert' else 1} layers" in said()[0]  # a group of albert's has two
     assert "nothing here needs that" in said()[0]
@@ -71,11 +64,11 @@ def test_a_hook_on_the_embeddings(name, said):
     assert len(explained.notes) == len(said())
     assert f"note: {explained.notes[0]}" in str(explained)
     count = len(said())
-    saved(model, inputs)
+    saved_bytes(model, inputs)
     assert len(said()) == count
     model.disable_input_require_grads()
     assert not explain(model, inputs).notes
-    assert saved(model, inputs) == before
+    assert saved_bytes(model, inputs) == before
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

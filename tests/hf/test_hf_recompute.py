@@ -8,10 +8,10 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 import peft
+from measures import saved_bytes
 from zoo import BACKEND, ENCODERS, ZOO, batch, build, decoder, labels_for, run, specimen, training_inputs
 
 from fastattn.errors import InvalidArgumentError
-from fastattn.finetune.measure import SavedBytes
 from fastattn.hf import patch, patched, unpatch
 from fastattn.hf.patch import recompute_of
 
@@ -69,17 +69,10 @@ def seeded(model, inputs) -> dict:
     return run(model, inputs)
 
 
-def saved(model, inputs) -> int:
-    counter = SavedBytes(model.parameters())
-    with counter.counting():
-        model(**inputs)
-    return counter.bytes
-
-
 def check(model, inputs) -> float:
     """Gradients are equal to the bit under every mode; the share of the saved bytes that "all" leaves."""
     patch(model, recompute="none", backend=BACKEND)
-    expected, before = seeded(model, inputs), saved(model, inputs)
+    expected, before = seeded(model, inputs), saved_bytes(model, inputs)
     for mode in ("auto", "all"):
         patch(unpatch(model), recompute=mode, backend=BACKEND)
         for _ in range(2):  # "auto" chooses in its first step
@@ -87,7 +80,7 @@ def check(model, inputs) -> float:
             assert result.keys() == expected.keys()
             for name, value in expected.items():
                 assert torch.equal(result[name], value), (mode, name)
-    return saved(model, inputs) / before
+    return saved_bytes(model, inputs) / before
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -123,7 +116,7 @@ def test_weights_frozen_and_set_free_after_the_first_step():
         found, expected = ([site.chosen for site in recompute_of(m.bert).sites] for m in (model, fresh))
         assert found == expected
         assert layers == 1 or not all(found)
-        assert saved(model, inputs) == saved(fresh, inputs)
+        assert saved_bytes(model, inputs) == saved_bytes(fresh, inputs)
 
 
 @pytest.mark.parametrize("family", ENCODERS)
@@ -176,7 +169,7 @@ def test_adapters_put_in_later_and_merged_later():
     expected = run(patch(unpatched, recompute="none", backend=BACKEND), labelled())
     result = run(model, labelled())
     assert all(torch.equal(result[name], value) for name, value in expected.items())
-    assert saved(model, labelled()) < 0.5 * saved(unpatched, labelled())
+    assert saved_bytes(model, labelled()) < 0.5 * saved_bytes(unpatched, labelled())
     with model.disable_adapter():
         off = model(**labelled())
     plain = model.merge_and_unload().requires_grad_(True)
@@ -191,10 +184,10 @@ def test_copies_are_on_their_own():
     twin = copy.deepcopy(model)
     expected = run(model, labelled())
     unpatch(model)
-    bytes_unpatched = saved(model, labelled())
+    bytes_unpatched = saved_bytes(model, labelled())
     result = run(twin, labelled())
     assert all(torch.equal(result[name], value) for name, value in expected.items())
-    assert saved(twin, labelled()) < 0.3 * bytes_unpatched
+    assert saved_bytes(twin, labelled()) < 0.3 * bytes_unpatched
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
@@ -205,9 +198,9 @@ def test_nothing_is_saved_below_the_lowest_trained_parameter():
     top.attention.self.query.weight.requires_grad_(True)
     inputs = labelled()
     with patched(model, recompute="all", backend=BACKEND):
-        of_four = saved(model, inputs)
+        of_four = saved_bytes(model, inputs)
         model.bert.encoder.layer = model.bert.encoder.layer[2:]
-        assert saved(model, inputs) == of_four
+        assert saved_bytes(model, inputs) == of_four
     seen = []
     with patched(model, recompute="none", backend=BACKEND):
         hook = torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t), lambda t: t)

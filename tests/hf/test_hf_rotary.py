@@ -10,6 +10,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
+from measures import saved_bytes
 from torch import nn
 from zoo import BACKEND, ZOO, deviation, run, specimen, training_inputs, twin
 
@@ -95,17 +96,7 @@ def test_saved_for_backward_are_neither_q_nor_k():
     expected = run(model, inputs)
 
     def saved(changed):
-        kept = {}
-
-        def keep(tensor):
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-            return tensor
-
-        for _ in range(2):  # in the first, recompute makes its plan
-            kept.clear()
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                changed(**inputs)
-        return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+        return [saved_bytes(changed, inputs) for _ in range(2)][1]  # in the first, recompute makes its plan
 
     changed = patch(twin(model), recompute="all")
     assert max(deviation(run(changed, inputs), expected).values()) <= 1e-5

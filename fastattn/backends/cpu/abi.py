@@ -19,6 +19,7 @@ ABI_VERSION = 1
 STATUS_OK, STATUS_INVALID_ARGUMENT, STATUS_UNSUPPORTED, STATUS_OUT_OF_MEMORY = range(4)
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 F32_BF16_PRODUCTS, F32_SPLIT_PRODUCTS = 3, 4
+PROBLEM_DTYPES = (*DTYPES.values(), F32_BF16_PRODUCTS, F32_SPLIT_PRODUCTS)
 
 # Native byte order and alignment; i int32, I uint32, q int64, Q uint64 or a pointer, f float.
 _TENSOR = "Qqqq"  # data, stride_b, stride_h, stride_n

@@ -31,7 +31,9 @@ class CpuBackend:
         self._library: ctypes.CDLL | None = None
         self._unavailable: str | None = None
         self._parallel_for = 0
-        self._fixed_parts: dict[int, dict[AttentionProblem, bytes]] = {dtype: {} for dtype in range(5)}
+        self._fixed_parts: dict[int, dict[AttentionProblem, bytes]] = {
+            dtype: {} for dtype in abi.PROBLEM_DTYPES
+        }
         self._executors: dict[int, bytes] = {}
 
     def status(self) -> str | None:
@@ -110,25 +112,19 @@ class CpuBackend:
     ) -> None:
         """See `fastattn.frozen.dropout`; x and out are contiguous (rows, columns)."""
         io = abi.hidden_dropout_struct(x, out, dropout_p, seed, seqlen, cu_seqlens)
-        status = self._library.fastattn_cpu_hidden_dropout(io, self._executor())
-        if status != abi.STATUS_OK:
-            raise FastattnError(self._library.fastattn_last_error().decode())
+        self._hold(self._library.fastattn_cpu_hidden_dropout(io, self._executor()))
 
     def rotary(
         self, xs: Sequence[Tensor], outs: Sequence[Tensor], cos: Tensor, sin: Tensor, transposed: bool
     ) -> None:
         """See `fastattn.rotary`; all of unit last stride."""
         io = abi.rotary_struct(xs, outs, cos, sin, transposed)
-        status = self._library.fastattn_cpu_rotary(io, self._executor())
-        if status != abi.STATUS_OK:
-            raise FastattnError(self._library.fastattn_last_error().decode())
+        self._hold(self._library.fastattn_cpu_rotary(io, self._executor()))
 
     def dropout_mask(self, seed: int, dropout_p: float, shape: tuple[int, int, int, int]) -> Tensor:
         """What the library keeps under dropout: bool (batch, num_heads, seqlen_q, seqlen_k)."""
         keep = torch.empty(shape, dtype=torch.uint8)
-        status = self._library.fastattn_cpu_dropout_mask(seed, dropout_p, *shape, keep.data_ptr())
-        if status != abi.STATUS_OK:
-            raise FastattnError(self._library.fastattn_last_error().decode())
+        self._hold(self._library.fastattn_cpu_dropout_mask(seed, dropout_p, *shape, keep.data_ptr()))
         return keep.bool()
 
     def _problem(self, problem: AttentionProblem, inputs: AttentionInputs) -> bytes:
@@ -148,6 +144,11 @@ class CpuBackend:
         if executor is None:
             executor = self._executors[num_threads] = abi.executor_struct(self._parallel_for, num_threads)
         return executor
+
+    def _hold(self, status: int) -> None:
+        """What no argument should have caused, as an exception."""
+        if status != abi.STATUS_OK:
+            raise FastattnError(self._library.fastattn_last_error().decode())
 
     def _raise(self, status: int, problem: AttentionProblem, inputs: AttentionInputs) -> None:
         """The library's refusal as an exception. What Python can't see beforehand is the offsets' values."""

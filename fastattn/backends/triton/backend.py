@@ -16,6 +16,7 @@ from torch import Tensor
 from ...problem import AttentionInputs, AttentionProblem, check_offsets
 from .. import Gradients
 from . import configs
+from .device import on_device
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST_NVIDIA = 80  # Triton 3.9 makes no use of Turing's tensor cores
@@ -110,18 +111,11 @@ class TritonBackend:
         rotary.rotate(xs, outs, cos, sin, transposed)
 
     def _on(self, problem: AttentionProblem, inputs: AttentionInputs) -> contextlib.AbstractContextManager:
-        """Kernels go to the current device.
-
-        Make it the problem's. Interpreted, offsets can be read, so check them.
-        """
-        if problem.device.type == "cpu":
-            if problem.packed:
-                check_offsets("cu_seqlens_q", inputs.cu_seqlens_q, problem.total_q, problem.seqlen_q)
-                check_offsets("cu_seqlens_k", inputs.cu_seqlens_k, problem.total_k, problem.seqlen_k)
-            return contextlib.nullcontext()
-        if problem.device.index == torch.cuda.current_device():
-            return contextlib.nullcontext()  # which costs less
-        return torch.cuda.device(problem.device)
+        """Kernels go to the problem's device. Interpreted, offsets can be read, so check them."""
+        if problem.device.type == "cpu" and problem.packed:
+            check_offsets("cu_seqlens_q", inputs.cu_seqlens_q, problem.total_q, problem.seqlen_q)
+            check_offsets("cu_seqlens_k", inputs.cu_seqlens_k, problem.total_k, problem.seqlen_k)
+        return on_device(problem.device)
 
     def _device(self, device: torch.device) -> tuple[configs.Arch, int]:
         """(architecture, multiprocessors) of a device."""

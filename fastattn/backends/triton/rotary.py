@@ -3,15 +3,14 @@
 A program turns HEADS heads of q or k at BLOCK_N positions, so that angles are read once for several heads.
 """
 
-import contextlib
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .arguments import alignment, layout, named_strides, strides
+from .device import on_device
 from .tiles import aligned, kernel
 
 _HEADS = 4
@@ -151,10 +150,7 @@ def rotate(xs: Sequence[Tensor], outs: Sequence[Tensor], cos: Tensor, sin: Tenso
     block_n = _TILE // block_half
     groups = triton.cdiv(num_heads, _HEADS) + triton.cdiv(num_kv_heads, _HEADS)
     (cos_b, _, cos_n), (sin_b, _, sin_n) = map(strides, tables)
-    device, here = xs[0].device, contextlib.nullcontext()
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        here = torch.cuda.device(device)  # kernels go to the current device
-    with here:
+    with on_device(xs[0].device):
         rotary_kernel[(triton.cdiv(seqlen, block_n), groups, batch)](
             p_q=xs[0], p_k=xs[-1], p_q_out=outs[0], p_k_out=outs[-1], p_cos=cos, p_sin=sin,
             **named_strides({"q": q, "k": k, "qo": q_out, "ko": k_out}),

@@ -3,14 +3,13 @@
 What torch does with index_select, and with new_zeros and index_copy_ (which writes the tokens' rows twice).
 """
 
-import contextlib
 import functools
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .device import on_device
 from .prepared import Launch
 from .tiles import kernel
 
@@ -97,10 +96,7 @@ def _launch(kernel, matrix: Tensor, rows: Tensor, num_out: int, **more: int) -> 
     launch = _prepare(
         kernel, num_out, len(rows), columns, wide if columns % wide == 0 else 1, tuple(more.items())
     )
-    here = contextlib.nullcontext()
-    if matrix.is_cuda and matrix.device.index != torch.cuda.current_device():
-        here = torch.cuda.device(matrix.device)  # kernels go to the current device
-    with here:
+    with on_device(matrix.device):
         launch({"p_in": matrix, "p_rows": rows, "p_out": out})
     return out
 

@@ -33,24 +33,31 @@ class Site:
     module: nn.Module
     kind: Kind
     chosen: bool = True
+    is_trained: bool = False  # a parameter in it
+    # Numbers in its matrices, all and trained:
+    weights: int = 0
+    trained_weights: int = 0
     # Of the last pass that was recorded, all calls of the module together:
     needed: bool = False  # backward needs the output
     flops: int = 0
     step_flops: int = 0  # forward and backward together
     bytes: int = 0
 
+    def look_at_parameters(self) -> None:
+        parameters = list(self.module.parameters())
+        matrices = [p for p in parameters if p.dim() == 2] if self.kind is Kind.LINEAR else []
+        self.is_trained = any(p.requires_grad for p in parameters)
+        self.weights = sum(p.numel() for p in matrices)
+        self.trained_weights = sum(p.numel() for p in matrices if p.requires_grad)
+
     def begin(self) -> None:
         self.needed, self.flops, self.step_flops, self.bytes = False, 0, 0, 0
 
-    def note(self, x: Tensor, output: Tensor) -> None:
-        """Add what this call of the module costs. Whether it will be needed shows later."""
+    def note_call(self, x: Tensor) -> None:
+        """Add the arithmetic of this call of the module. Whether its output is needed shows later."""
         rows = x.numel() // max(1, x.shape[-1])
-        matrices = [p for p in self.module.parameters() if p.dim() == 2] if self.kind is Kind.LINEAR else []
-        self.bytes += output.numel() * output.element_size()
-        flops = sum(2 * rows * p.numel() for p in matrices)
-        self.flops += flops
-        self.step_flops += flops * (1 + x.requires_grad)
-        self.step_flops += sum(2 * rows * p.numel() for p in matrices if p.requires_grad)
+        self.flops += 2 * rows * self.weights
+        self.step_flops += 2 * rows * (self.weights * (1 + x.requires_grad) + self.trained_weights)
 
     def need(self) -> None:
         self.needed = True
@@ -91,6 +98,7 @@ class Recompute:
             self.trained, self.planned = trained, False
             for site in self.sites:
                 site.chosen = True
+                site.look_at_parameters()
 
     @property
     def notes(self) -> bool:
@@ -100,7 +108,7 @@ class Recompute:
     def _find_sites(self, model: nn.Module) -> None:
         for handle in self.site_handles:
             handle.remove()
-        self.sites, self.site_handles, self.planned = [], [], False
+        self.sites, self.site_handles, self.planned, self.trained = [], [], False, ()
         for parent, name, module in _leaves(model):
             kind = kind_of(module)
             if isinstance(kind, str):
@@ -195,8 +203,12 @@ class _Before:
         recorder = current()
         if recorder is None or not self.site.chosen or not torch.is_grad_enabled():
             return
-        alone = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
-        if alone and self._is_itself(module):
+        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+            return
+        if not (args[0].requires_grad or self.site.is_trained):  # its output will need no gradient
+            if recorder.owner.notes:
+                self.site.note_call(args[0])
+        elif self._is_itself(module):
             recorder.running.append(Running(module, args[0], recorder, self.site.kind is Kind.POINTWISE))
 
     def _is_itself(self, module: nn.Module) -> bool:
@@ -232,7 +244,8 @@ class _After:
         if not isinstance(output, Tensor):
             return
         if recorder.owner.notes:
-            self.site.note(args[0], output)
+            self.site.note_call(args[0])
+            self.site.bytes += output.numel() * output.element_size()
         if output.requires_grad:
             recorder.offer(output, running.rerun.output, args[0], on_need=self.site.need)
 

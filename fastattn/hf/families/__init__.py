@@ -9,10 +9,12 @@ to be given, is checked on the model in hand: a transformers that has changed gi
 from __future__ import annotations
 
 import enum
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from ...errors import UnsupportedModelError
@@ -186,7 +188,9 @@ def is_transformers(cls: type) -> bool:
 
 def forward_parameters(module: nn.Module) -> tuple[str, ...]:
     """The names of forward's parameters, in order, "**" last if it takes any keyword."""
-    return _parameters_of(type(module).forward)
+    forward = type(module).forward
+    # Compilers look through a cache, with a warning.
+    return _parameters_of(forward) if torch.compiler.is_compiling() else _known_parameters_of(forward)
 
 
 def _parameters_of(forward: Callable) -> tuple[str, ...]:
@@ -194,6 +198,9 @@ def _parameters_of(forward: Callable) -> tuple[str, ...]:
     for parameter in inspect.signature(forward).parameters.values():
         names.append("**" if parameter.kind is parameter.VAR_KEYWORD else parameter.name)
     return tuple(names[1:])
+
+
+_known_parameters_of = functools.cache(_parameters_of)
 
 
 def find_family(model_type: str) -> Family | None:

@@ -46,8 +46,6 @@ def kernels(dim: int) -> dict[str, Kernel]:
     return {
         # Of fences of registers, one is missed if another stands between it and the last access to these.
         "forward": Kernel("sm907forward", (Run(forward), Run(forward, "v")), missed={
-            # Named barriers by which the two warpgroups take turns order nothing but time.
-            "a barrier left out": 3,
             "a fence of registers left out": 3,
         }),
         "dk and dv": Kernel("sm9012key_gradient", (Run(packed),), no_turns, {

@@ -116,7 +116,8 @@ __global__ void __launch_bounds__(kThreads) combine(const __grid_constant__ Para
         sum = fmaf(p.partial_out[(split * rows + index) * p.dim_v + col], ptx::exp2((lse - base) * kLog2E),
                    sum);
       }
-      out[col] = from_float<T>(total > 0.0f ? sum / total : total == 0.0f ? 0.0f : total);
+      // An exact division is a call; `total` lies in [1, splits], where this one is within 2 ulp.
+      out[col] = from_float<T>(total > 0.0f ? __fdividef(sum, total) : total == 0.0f ? 0.0f : total);
     }
     if (lane == 0 && p.lse.data != nullptr)
       row_pointer(p.lse, s, h)[i] = highest == -INFINITY ? -INFINITY : highest + ptx::log2(total) * kLn2;

@@ -173,6 +173,19 @@ def test_named_barriers_order_those_who_take_part():
         )
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("setp.lt.u32 %p1, %tid, 32; @%p1 bar.arrive 3, 64;", "left with 32 arrivals that nobody waited for"),
+        ("bar.arrive 3, 64;", "completes by arrivals alone"),
+        ("setp.lt.u32 %p1, %tid, 32; @%p1 bar.arrive 3, 32;", "completes by arrivals alone"),
+    ],
+)
+def test_arrivals_that_nobody_waits_for(body, message):
+    with pytest.raises(RaceFault, match=message):
+        run(body, threads=64)
+
+
 def test_named_barrier_does_not_order_third_parties():
     body = f"""{SHARED} shr.u32 %r5, %tid, 5; setp.eq.u32 %p1, %r5, 0; setp.eq.u32 %p2, %r5, 1;
         @%p1 st.shared.u32 [%r20], 1;

@@ -60,7 +60,6 @@ __global__ void __launch_bounds__(ForwardShape<T, kDim, V>::kTile.threads())
 
   const int warp_row = threadIdx.x / 32 * kM * 16, lane = threadIdx.x % 32;
   const int row = first_q + warp_row + lane / 4;  // this lane's first query
-  const ScoreTransform<T, V> transform(p, s, head);
   const float exponent_scale = V::kTransforms ? 1.0f : p.scale_log2;
 
   QOperand q;
@@ -78,6 +77,7 @@ __global__ void __launch_bounds__(ForwardShape<T, kDim, V>::kTile.threads())
     clear(scores);
     multiply_rows<KTile>(scores, q, k_tile(stage));
     if constexpr (V::kTransforms) {
+      const ScoreTransform<T, V> transform(p, s, head);
 #pragma unroll
       for (int m = 0; m < kM; ++m)
 #pragma unroll

@@ -11,6 +11,11 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// Not an instruction: the value is known from here on only. What follows from it is computed here rather than
+// kept in registers since before a loop; the value itself is not computed anew at each use.
+__device__ __forceinline__ void pin(int& x) { asm volatile("" : "+r"(x)); }
+__device__ __forceinline__ void pin(int64_t& x) { asm volatile("" : "+l"(x)); }
+
 // Data Movement, Non-bulk copy: cp.async with the ignore-src operand. Copies 16 bytes, or writes 16 zero
 // bytes when not `inside`; .cg bypasses L1.
 __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, bool inside) {

@@ -20,13 +20,17 @@ struct Variant {
   static constexpr bool kTransforms = kSoftcap || kPosition;
 };
 
-// The scores of one (batch, head). apply(q * k, i, j) is the score in base 2, with everything added.
+// The scores of one (batch, head). apply(q * k, i, j) is the score in base 2, with everything added. Made
+// anew for each tile: where a bias's elements lie relative to a tile would be kept in 32 registers otherwise.
 template <typename T, typename V>
 class ScoreTransform {
  public:
   __device__ __forceinline__ ScoreTransform(const Params& p, const Sequence& s, int head)
-      : p_(p), last_q_(s.len_q - 1), last_k_(s.len_k - 1) {
-    if constexpr (V::kBias) bias_offset_ = s.batch * p.bias.stride_b + head * p.bias.stride_h;
+      : p_(p), last_q_(s.len_q - 1), last_k_(s.len_k - 1), bias_stride_k_(p.bias.stride_k) {
+    if constexpr (V::kBias) {
+      bias_offset_ = s.batch * p.bias.stride_b + head * p.bias.stride_h;
+      ptx::pin(bias_stride_k_);
+    }
     if constexpr (V::kRelative) relative_ = p.relative_bias + head * p.relative_bias_stride_h + p.len_q - 1;
     if constexpr (V::kAlibi) {
       if (!V::kSeveral || p.alibi_slopes != nullptr)
@@ -52,7 +56,7 @@ class ScoreTransform {
     if (!kInside) j = min(j, last_k_);
     if constexpr (V::kBias) {
       if (!V::kSeveral || p_.bias.data != nullptr)
-        x = fmaf(bias(bias_offset_ + i * p_.bias.stride_q + j * p_.bias.stride_k), kLog2E, x);
+        x = fmaf(bias(bias_offset_ + i * p_.bias.stride_q + j * bias_stride_k_), kLog2E, x);
     }
     if constexpr (V::kRelative) {
       if (!V::kSeveral || p_.relative_bias != nullptr) x = fmaf(relative_[j - i], kLog2E, x);
@@ -69,7 +73,7 @@ class ScoreTransform {
 
   const Params& p_;
   int last_q_, last_k_;
-  int64_t bias_offset_ = 0;
+  int64_t bias_offset_ = 0, bias_stride_k_;
   const float* relative_ = nullptr;
   float slope_ = 0.0f;
 };

@@ -18,6 +18,7 @@ struct ForwardShape {
   static constexpr int kBlockQ = 128, kBlockK = kDim <= 128 ? 128 : 64;
   using KeyRing = Ring<2>;
   using ValueRing = Ring<2>;
+  static constexpr bool kValuesFirst = false;
   using QTile = Tile<T, kBlockQ, kDim>;
   using KTile = Tile<T, kBlockK, kDim>;
   using Clean = Cleaner<KTile>;

@@ -20,6 +20,8 @@ struct KeyGradientShape {
   // memory holds no more.
   using QueryRing = Ring<2>;
   using DoutRing = Ring<kDim <= 128 || kDv ? 2 : 1>;
+  static constexpr bool kDoutsEarly = !kDv;  // given back before the queries, else by the same arrival
+  static_assert(kDoutsEarly || DoutRing::kStages == QueryRing::kStages);
   using QTile = Tile<T, kBlockQ, kDim>;
   using KTile = Tile<T, kBlockK, kDim>;
   // Offsets in shared memory.
@@ -98,7 +100,7 @@ __device__ __forceinline__ void produce(const MappedParams& x, const KeyBlock<Sh
                           {__float_as_uint(first.lse2), __float_as_uint(first.delta),
                            __float_as_uint(second.lse2), __float_as_uint(second.delta)});
     block.queries().arrive(step);
-    block.douts().wait_free(step);
+    if constexpr (Shape::kDoutsEarly) block.douts().wait_free(step);
     if (lane == 0)
       load_panels<QTile>(block.dout_tile(step), x.dout, block.douts().announce(step, QTile::kBytes), row,
                          head, batch);
@@ -198,7 +200,7 @@ struct KeyGradientConsumer {
     ptx::wgmma_commit();
     ptx::wgmma_wait<1>();
     pin_results();
-    if (step > 0) release_products(step - 1);
+    if (step > 0) block.queries().release(step - 1);
     block.douts().wait(step);
     if constexpr (kDk) {
       ptx::pin(dscores);
@@ -214,7 +216,7 @@ struct KeyGradientConsumer {
     if constexpr (kDk) {
       ptx::wgmma_wait<0>();
       ptx::pin(dscores);
-      if constexpr (!kDv) block.douts().release(step);
+      if constexpr (Shape::kDoutsEarly) block.douts().release(step);
       differentiate(step);
     }
     if constexpr (kMasked) mask(step);
@@ -232,11 +234,6 @@ struct KeyGradientConsumer {
   __device__ __forceinline__ void pin_results() {
     if constexpr (kDv) ptx::pin(dv[0]);
     if constexpr (kDk) ptx::pin(dk[0]);
-  }
-  // The tiles that the last products of a step read.
-  __device__ __forceinline__ void release_products(int n) const {
-    block.queries().release(n);
-    if constexpr (kDv) block.douts().release(n);
   }
 
   __device__ __forceinline__ void run() {

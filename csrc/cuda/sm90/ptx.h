@@ -95,10 +95,7 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Not an instruction: the value is computed once, here, rather than anew at each use.
-__device__ __forceinline__ void pin(int& x) { asm volatile("" : "+r"(x)); }
-
-// The same for accumulators: the compiler may not move uses of them over this point.
+// Accumulators: the compiler may not move uses of them over this point.
 template <int kTiles>
 __device__ __forceinline__ void pin(float (&d)[kTiles][4]) {
 #pragma unroll

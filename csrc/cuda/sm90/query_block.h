@@ -68,7 +68,8 @@ __device__ __forceinline__ void load_panels(uint32_t tile, const TensorMap& x, u
                         head * x.head_step, batch * x.batch_step);
 }
 
-// One thread: tiles `from` on of the rings, in the order of the walk.
+// One thread: tiles `from` on of the rings, in the order of the walk; of a step that first whose stage the
+// consumers give back first.
 template <typename Shape>
 __device__ __forceinline__ void produce(const MappedParams& x, const QueryBlock<Shape>& block, int from) {
   using KTile = typename Shape::KTile;
@@ -77,10 +78,14 @@ __device__ __forceinline__ void produce(const MappedParams& x, const QueryBlock<
   for (int step = 0; step < block.walk.count(); ++step) {
     const int64_t row = block.s.first_k + block.walk.at(step) * Shape::kBlockK;
     const int n = from + step;
-    block.keys().wait_free(n);
-    load_panels<KTile>(block.key_tile(n), x.k, block.keys().announce(n, KTile::kBytes), row, head, batch);
+    const auto load_keys = [&] {
+      block.keys().wait_free(n);
+      load_panels<KTile>(block.key_tile(n), x.k, block.keys().announce(n, KTile::kBytes), row, head, batch);
+    };
+    if constexpr (!Shape::kValuesFirst) load_keys();
     block.values().wait_free(n);
     load_panels<KTile>(block.value_tile(n), x.v, block.values().announce(n, KTile::kBytes), row, head, batch);
+    if constexpr (Shape::kValuesFirst) load_keys();
   }
 }
 

@@ -15,6 +15,9 @@ struct QueryGradientShape {
   static constexpr int kBlockQ = 128, kBlockK = kDim <= 64 ? 128 : 64;
   using KeyRing = Ring<2>;
   using ValueRing = Ring<kDim <= 128 ? 2 : 1>;
+  // Values are given back before the keys of the step. With one stage they can't come first: for them to be
+  // given back, the next keys must be there.
+  static constexpr bool kValuesFirst = ValueRing::kStages > 1;
   using QTile = Tile<T, kBlockQ, kDim>;
   using KTile = Tile<T, kBlockK, kDim>;
   using Clean = Cleaner<KTile>;

@@ -81,7 +81,7 @@ def test_every_tile(simulate, type_, dim):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("type_", ["f16", "bf16"])
 def test_every_tile_of_hopper(simulate, type_, dim):
     hold(launches_of(simulate(str(dim), type_, VARIANTS, 90), type_, dim, PLAIN), type_, True)

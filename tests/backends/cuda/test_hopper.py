@@ -148,19 +148,6 @@ def test_a_packed_neighbour_does_not_leak(simulate):
         assert torch.equal(spoilt[result][:rows], clean[result][:rows]), result
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dim", [128, 256])
-def test_no_bank_conflicts(simulate, dim):
-    """At 64: test_cuda_memory.py."""
-    device = simulate(str(dim), "f16", "plain", 90)
-    dims = {"head_dim": dim, "head_dim_v": dim}
-    with device.recorded(statistics=True) as launches:
-        check(Case(**{**HALF, **dims, "lengths": ((128, 300),), "wanted": ("q", "k", "v")}))
-    assert any(KERNEL in name for name, _ in launches)
-    for name, report in launches:
-        assert not report.bank_conflicts(), (name, report.bank_conflicts())
-
-
 @pytest.mark.parametrize("capability", [80, 100])
 def test_other_devices_take_other_kernels(simulate, capability):
     device = simulate("64", "f16", "plain", capability)

@@ -17,18 +17,20 @@ FLIPPED = (
     r"mbarrier.try_wait.parity.shared::cta.b64 complete, \1, flipped;\n@!complete bra again;"
 )
 EXPECT = r"(mbarrier\.arrive\.expect_tx\.\S+ _, \[%r\d+\]), %r\d+;"
+NO_TURNS = ("an arrival at a barrier left out",)  # only forward's warpgroups take turns
+FENCE = "a fence of registers left out"
 FAULTS = {
     "a wait left out": Fault(WAIT),
     "a wait for the wrong phase": Fault(f"again:\n{WAIT}", FLIPPED),
     "an arrival left out": Fault(r"mbarrier\.arrive\.shared::cta\.b64 _, \[%r\d+\];"),
-    "too many bytes expected": Fault(EXPECT, r"\1, 131072;"),
+    "too many bytes expected": Fault(EXPECT, r"\1, 262144;"),
     "too few bytes expected": Fault(EXPECT, r"\1, 4096;"),
     "one product more in flight": Fault(r"(wgmma\.wait_group\.sync\.aligned) 0;", r"\1 1;"),
     "two products in flight": Fault(r"(wgmma\.wait_group\.sync\.aligned) 1;", r"\1 2;"),
     "a proxy fence left out": Fault(r"fence\.proxy\.async\.shared::cta;"),
     "a barrier left out": Fault(r"bar\.sync[ \t]+[^;]*;"),
     "an arrival at a barrier left out": Fault(r"bar\.arrive[ \t]+[^;]*;"),
-    "a fence of registers left out": Fault(r"wgmma\.fence\.sync\.aligned;"),
+    FENCE: Fault(r"wgmma\.fence\.sync\.aligned;"),
     "the fence of new mbarriers left out": Fault(r"fence\.mbarrier_init\.release\.cluster;"),
     "fewer registers given back": Fault(r"(setmaxnreg\.dec\.sync\.aligned\.u32) 24;", r"\1 32;"),
     "more registers taken": Fault(r"(setmaxnreg\.inc\.sync\.aligned\.u32) 240;", r"\1 248;"),
@@ -41,29 +43,23 @@ def kernels(dim: int) -> dict[str, Kernel]:
     }  # fmt: skip
     long = {**base, "lengths": ((128, 450),)}
     packed = Case(**base, lengths=((300, 300), (3, 3)), packed=True, wanted=("k", "v"))
-    no_turns = ("an arrival at a barrier left out",)
     forward, dq = Case(**long, wanted=()), Case(**long, wanted=("q",))
-    return {
-        # Of fences of registers, one is missed if another stands between it and the last access to these.
-        "forward": Kernel("sm907forward", (Run(forward), Run(forward, "v")), missed={
-            # Named barriers by which the two warpgroups take turns order nothing but time.
-            "a barrier left out": 3,
-            "a fence of registers left out": 3,
-        }),
-        "dk and dv": Kernel("sm9012key_gradient", (Run(packed),), no_turns, {
-            # Consumers give back queries and douts together: who waited for the former has the latter.
-            "a wait left out": 1,
-            "a fence of registers left out": 3,
-        }),
-        "dq": Kernel("sm9014query_gradient", (Run(dq), Run(dq, "k")), no_turns, {
-            # A stage's values are given back before its keys, which the producer waits for first.
-            "a wait left out": 2,
-            "a fence of registers left out": 5,
-        }),
-    }  # fmt: skip
+    # Of fences of registers, one is missed if another stands between it and the last access to these. They
+    # stay: before a product that has none, ptxas puts one in itself (advisory C7519).
+    found = {
+        "forward": Kernel("sm907forward", (Run(forward), Run(forward, "v")), (), {FENCE: 3}),
+        "dq": Kernel("sm9014query_gradient", (Run(dq), Run(dq, "k")), NO_TURNS, {FENCE: 5}),
+    }
+    if dim <= 128:
+        return {**found, "dk and dv": key_gradient("Lb1ELb1E", packed, 3)}
+    return {**found, "dk": key_gradient("Lb1ELb0E", packed, 3), "dv": key_gradient("Lb0ELb1E", packed, 1)}
 
 
-KERNELS = {dim: kernels(dim) for dim in (64, 128)}
+def key_gradient(wanted: str, case: Case, fences: int) -> Kernel:
+    return Kernel(f"sm9012key_gradient\\w+{wanted}", (Run(case),), NO_TURNS, {FENCE: fences})
+
+
+KERNELS = {dim: kernels(dim) for dim in (64, 128, 256)}
 QUICK = {
     ("forward", "a proxy fence left out"),
     ("forward", "the fence of new mbarriers left out"),

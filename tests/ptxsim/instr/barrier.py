@@ -2,12 +2,14 @@
 
 A barrier completes when as many threads arrived as its count says, or, without one, all living threads of the
 block. Then the waiting ones run on, and everybody who arrived is ordered before everybody who waited.
+Arrivals that nobody waits for, when the barrier completes or the last thread exits, order nothing: somebody's
+wait is missing.
 """
 
 import numpy as np
 
 from ..decode import handles
-from ..errors import UnsupportedInstruction
+from ..errors import RaceFault, UnsupportedInstruction
 from ..parser import Reg
 from .warp import collective
 
@@ -72,6 +74,7 @@ class BarrierState:
         m = self.machine
         self.waiting = {}  # (block, barrier) -> list of (threads, must be released, reduction)
         self.expected = {}
+        self.last_instr = {}  # who arrived last
         self.block_slices = [slice(b * m.padded, (b + 1) * m.padded) for b in range(m.blocks)]
 
     def idle(self):
@@ -102,6 +105,7 @@ class BarrierState:
             if counts is not None:
                 self._expect(block, name, int(counts[mine][0]), instr)
             self.waiting.setdefault((block, name), []).append((threads[mine], not only_arrive, reduction))
+            self.last_instr[block, name] = instr
             self._check(block, name)
         return None if only_arrive else RESCHEDULE
 
@@ -120,6 +124,13 @@ class BarrierState:
         """Threads have exited: barriers that wait for all the living may be complete."""
         for block, name in list(self.waiting):
             self._check(block, name)
+        for (block, name), groups in self.waiting.items():
+            if self.machine.gone[self.block_slices[block]].all():
+                arrived = sum(len(t) for t, _, _ in groups)
+                raise RaceFault(
+                    f"barrier {name} is left with {arrived} arrivals that nobody waited for",
+                    self.last_instr[block, name],
+                )
 
     def _check(self, block, name):
         from ..machine import RUN
@@ -136,6 +147,10 @@ class BarrierState:
             return
         del self.waiting[block, name]
         self.expected.pop((block, name), None)
+        if not any(release for _, release, _ in groups):
+            raise RaceFault(
+                f"barrier {name} completes by arrivals alone: nobody waits", self.last_instr[block, name]
+            )
         self._order(block, groups)
         self._reduce(groups)
         for threads, release, _ in groups:

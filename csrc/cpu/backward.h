@@ -231,7 +231,9 @@ struct Backward {
     }
     gemm<E, false>(
         keys.padded, q.q, q.q_ld, key_panels, depth * kPanelLd<E>, kPanelLd<E>, scores, kScoreLd, false,
-        [&](int c0, int c1) { return rows.rows_of(c0, c1); }, [&](int, int) { return Range{0, (int)depth}; });
+        [&](int c0, int c1) { return rows.rows_of(c0, c1); },
+        [&](int i0, int i1) { return rows.columns_of(i0, i1); },
+        [&](int, int) { return Range{0, (int)depth}; });
   }
 
   // dscores = dout v^T of a tile.
@@ -240,6 +242,7 @@ struct Backward {
     gemm<E, false>(
         keys.padded, q.dout, q.dout_ld, value_panels, depth_v * kPanelLd<E>, kPanelLd<E>, dscores, kScoreLd,
         false, [&](int c0, int c1) { return rows.rows_of(c0, c1); },
+        [&](int i0, int i1) { return rows.columns_of(i0, i1); },
         [&](int, int) { return Range{0, (int)depth_v}; });
   }
 
@@ -308,10 +311,13 @@ struct Backward {
   void add_to_keys(const TileRows& rows, const KeyTile& keys, const float* tile, Unit* buffer, const Unit* b,
                    int64_t b_ld, int64_t columns, bool accumulate, float* sums, int64_t ld) {
     const Phase phase(kToKeys);
-    const Unit* a = Weights<E>::by_columns(tile, kScoreLd, rows.rows, keys.padded, buffer);
-    gemm<E, Weights<E>::kByColumns>((int)round_up(columns, W), a, Weights<E>::kColumnsLd, b, kNR, b_ld, sums,
-                                    ld, accumulate, [&](int, int) { return Range{0, keys.count}; },
-                                    [&](int j0, int j1) { return to_units<E>(rows.rows_of(j0, j1)); });
+    const int last = rows.last_column(keys, 2 * W);
+    const Unit* a = Weights<E>::by_columns(tile, kScoreLd, rows.rows, last, buffer);
+    const int padded = (int)round_up(columns, W);
+    gemm<E, Weights<E>::kByColumns>(
+        padded, a, Weights<E>::kColumnsLd, b, kNR, b_ld, sums, ld, accumulate,
+        [&](int, int) { return Range{0, keys.count}; }, [&](int, int) { return Range{0, padded}; },
+        [&](int j0, int j1) { return to_units<E>(rows.rows_of(j0, j1)); });
   }
 
   // sums[query] (+)= dS K.
@@ -325,10 +331,12 @@ struct Backward {
       add_visible<E>(rows, keys, dscores, key_rows, key_rows_ld, p.head_dim, sums, ld);
       return;
     }
-    const Unit* a = Weights<E>::by_rows(dscores, kScoreLd, rows.rows, keys.padded, ds_by_rows);
-    gemm<E, false>((int)round_up(p.head_dim, W), a, Weights<E>::kRowsLd, key_rows, kNR, key_rows_ld, sums, ld,
-                   accumulate, [&](int, int) { return Range{0, rows.rows}; },
-                   [&](int i0, int i1) { return to_units<E>(rows.columns_of(i0, i1)); });
+    const Unit* a = Weights<E>::by_rows(dscores, kScoreLd, rows.rows, rows.last_column(keys, 0), ds_by_rows);
+    const int padded = (int)round_up(p.head_dim, W);
+    gemm<E, false>(
+        padded, a, Weights<E>::kRowsLd, key_rows, kNR, key_rows_ld, sums, ld, accumulate,
+        [&](int, int) { return Range{0, rows.rows}; }, [&](int, int) { return Range{0, padded}; },
+        [&](int i0, int i1) { return to_units<E>(rows.columns_of(i0, i1)); });
   }
 
   bool keys_finite(const KeyTile& keys) const {

@@ -205,6 +205,7 @@ struct Forward {
     gemm<E, false>(
         keys.padded, q, queries_in_place ? p.q.stride_n : depth_ld, panels, panel_stride, kPanelLd<E>, scores,
         kScoreLd, false, [&](int c0, int c1) { return rows.rows_of(c0, c1); },
+        [&](int i0, int i1) { return rows.columns_of(i0, i1); },
         [&](int, int) { return Range{0, (int)depth}; });
   }
 
@@ -291,9 +292,11 @@ struct Forward {
       add_visible<E>(rows, keys, scores, values, values_ld, p.head_dim_v, sum_rows, columns_ld);
       return;
     }
-    gemm<E, false>((int)round_up(p.head_dim_v, W), weights, kWeightsLd, values, kNR, values_ld, sum_rows,
-                   columns_ld, accumulate, [&](int, int) { return Range{0, rows.rows}; },
-                   [&](int i0, int i1) { return to_units<E>(rows.columns_of(i0, i1)); });
+    const int columns = (int)round_up(p.head_dim_v, W);
+    gemm<E, false>(
+        columns, weights, kWeightsLd, values, kNR, values_ld, sum_rows, columns_ld, accumulate,
+        [&](int, int) { return Range{0, rows.rows}; }, [&](int, int) { return Range{0, columns}; },
+        [&](int i0, int i1) { return to_units<E>(rows.columns_of(i0, i1)); });
   }
 
   void finish(const Sequence& s, int64_t b, const QueryTile& tile, const RowState& row_state,

@@ -132,39 +132,44 @@ FASTATTN_ALWAYS int block_rows(int left) {
   return left >= 2 * kMR ? kMR : left <= kMR ? left : (left + 1) / 2;
 }
 
-template <class E, bool kByColumns, class RowsOf, class DepthOf>
+template <class E, bool kByColumns, class RowsOf, class ColumnsOf, class DepthOf>
 FASTATTN_ALWAYS void vector_gemm(int n_count, const typename E::Unit* a, int64_t lda,
                                  const typename E::Unit* b, int64_t panel_stride, int64_t ldb, float* c,
-                                 int64_t ldc, bool accumulate, RowsOf rows_of, DepthOf depth_of) {
+                                 int64_t ldc, bool accumulate, RowsOf rows_of, ColumnsOf columns_of,
+                                 DepthOf depth_of) {
   for (int n = 0; n < n_count; n += kNR, b += panel_stride) {
     const int columns = n_count - n < kNR ? n_count - n : kNR;
     const Range rows = rows_of(n, n + columns);
-    const MicroKernel<E>* kernels = MicroKernels<E, kByColumns>::table[(columns + W - 1) / W - 1];
     for (int i = rows.begin; i < rows.end;) {
       const int m = block_rows(rows.end - i);
-      const Range depth = depth_of(i, i + m);
-      if (depth.begin < depth.end || !accumulate) {
+      const Range depth = depth_of(i, i + m), wanted = columns_of(i, i + m);
+      const int first = wanted.begin > n ? (wanted.begin - n) / W * W : 0;
+      const int count = (wanted.end - n < columns ? wanted.end - n : columns) - first;
+      if (count > 0 && (depth.begin < depth.end || !accumulate)) {
         const int64_t k = depth.end > depth.begin ? depth.end - depth.begin : 0;
-        kernels[m - 1](k, a + (kByColumns ? i + depth.begin * lda : i * lda + depth.begin), lda,
-                       b + depth.begin * ldb, ldb, c + i * ldc + n, ldc, accumulate);
+        MicroKernels<E, kByColumns>::table[(count + W - 1) / W - 1][m - 1](
+            k, a + (kByColumns ? i + depth.begin * lda : i * lda + depth.begin), lda,
+            b + depth.begin * ldb + first, ldb, c + i * ldc + n + first, ldc, accumulate);
       }
       i += m;
     }
   }
 }
 
-// rows_of(n0, n1): the rows that are needed of columns n0..n1; depth_of(i0, i1): the part of K that rows
-// i0..i1 have anything in. Masks shrink both; with no mask they are the whole.
-template <class E, bool kByColumns, class RowsOf, class DepthOf>
+// rows_of(n0, n1): the rows that are needed of columns n0..n1; columns_of(i0, i1): the columns that are
+// needed of rows i0..i1; depth_of(i0, i1): the part of K that these rows have anything in. Masks shrink all
+// of them; with no mask they are the whole.
+template <class E, bool kByColumns, class RowsOf, class ColumnsOf, class DepthOf>
 FASTATTN_ALWAYS void gemm(int n_count, const typename E::Unit* a, int64_t lda, const typename E::Unit* b,
                           int64_t panel_stride, int64_t ldb, float* c, int64_t ldc, bool accumulate,
-                          RowsOf rows_of, DepthOf depth_of) {
+                          RowsOf rows_of, ColumnsOf columns_of, DepthOf depth_of) {
 #if defined(FASTATTN_AMX)
   if constexpr (E::kPerUnit == 2 && !kByColumns)
     amx_gemm<E::kParts>(n_count, a, lda, b, panel_stride, ldb, c, ldc, accumulate, rows_of, depth_of);
   else
 #endif
-    vector_gemm<E, kByColumns>(n_count, a, lda, b, panel_stride, ldb, c, ldc, accumulate, rows_of, depth_of);
+    vector_gemm<E, kByColumns>(n_count, a, lda, b, panel_stride, ldb, c, ldc, accumulate, rows_of, columns_of,
+                               depth_of);
 }
 
 }  // namespace fastattn::FASTATTN_ISA_NS

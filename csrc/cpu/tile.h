@@ -80,13 +80,18 @@ struct TileRows {
     }
     return any;
   }
-  // Rows that see anything of columns [c0, c1).
+  // Rows that see anything of columns [c0, c1). Counted, not searched for: that takes vectors.
   Range rows_of(int c0, int c1) const {
     if (full) return {0, rows};
-    int i0 = 0, i1 = rows;
-    while (i0 < i1 && end[i0] <= c0) ++i0;
-    while (i1 > i0 && begin[i1 - 1] >= c1) --i1;
-    return {i0, i1};
+    int before = 0, behind = 0;
+    for (int i = 0; i < rows; ++i) before += end[i] <= c0, behind += begin[i] >= c1;
+    return {before, before < rows - behind ? rows - behind : before};
+  }
+  // Past it nothing is visible: what the operands of a product must hold, zeros included. `reach`: how far a
+  // block of the product may go beyond the last visible column.
+  int last_column(const KeyTile& keys, int reach) const {
+    const int last = (int)round_up(end[rows - 1] + reach, W);
+    return last < keys.padded ? last : keys.padded;
   }
   // Columns that rows [i0, i1) see between them.
   Range columns_of(int i0, int i1) const { return {begin[i0], end[i1 - 1]}; }
@@ -101,8 +106,9 @@ FASTATTN_ALWAYS Range to_units(Range r) {
 FASTATTN_ALWAYS void mask_row(float* row, int begin, int end, const KeyTile& keys, float value) {
   const vf hidden = splat(value);
   const int first = begin / W * W, last = (int)round_up(end, W);
-  for (int j = first; j < begin; ++j) row[j] = value;
-  for (int j = end; j < last; ++j) row[j] = value;
+  // By whole vectors: who loads one next would wait for narrower stores into it.
+  if (first < begin) store(row + first, lane_index() < begin - first ? hidden : load(row + first));
+  if (end < last) store(row + last - W, lane_index() < end - (last - W) ? load(row + last - W) : hidden);
   if (keys.holes)
     for (int j = first; j < last; j += W)
       store(row + j, load_as<vi>(keys.keep + j) != 0 ? load(row + j) : hidden);

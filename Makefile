@@ -83,11 +83,11 @@ format: $(STAMPS)/installed ## format Python and C++, and mend what ruff can men
 	$(PY) -m ruff format .
 	git ls-files -z $(CPP_FILES) | xargs -0 -r clang-format -i
 
-test-cpp: native ## C++ tests of the C ABI, also under ASan+UBSan and TSan, and a bounded fuzz run
+test-cpp: native ## C++ tests of the C ABI, also under ASan+UBSan, TSan and qemu (aarch64), and a bounded fuzz run
 	$(call say,C++ tests)
-	bash csrc/tests/run.sh plain asan tsan
+	bash csrc/tests/run.sh plain asan tsan aarch64_short
 
-test-aarch64: ## cross-compile for aarch64 and run the C++ tests under qemu (skips with a reason)
+test-aarch64: ## all of these for aarch64 (skips with a reason without a cross compiler and qemu)
 	bash csrc/tests/run.sh aarch64
 
 test-python: setup ## pytest, without the tests marked slow

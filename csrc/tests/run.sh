@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds and runs the C++ tests: run.sh [plain] [asan] [tsan] [aarch64]. Called by the Makefile, which has
-# built the library before.
+# Builds and runs the C++ tests: run.sh [plain] [asan] [tsan] [aarch64_short] [aarch64]. Called by the Makefile,
+# which has built the library before.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 fuzz_seconds=${FASTATTN_FUZZ_SECONDS:-10}
@@ -19,9 +19,9 @@ isas() { # binary, then a prefix (an emulator): the instruction sets of its libr
   echo "${list//,/ }"
 }
 
-each_isa() { # binary, then a prefix
-  for isa in $(isas "$@"); do
-    FASTATTN_CPU_ISA=$isa "${@:2}" "$1"
+each_isa() { # binary
+  for isa in $(isas "$1"); do
+    FASTATTN_CPU_ISA=$isa "$1"
   done
 }
 
@@ -85,14 +85,20 @@ emulated() { # what this machine runs in software only
   esac
 }
 
-aarch64() {
-  local compiler=aarch64-linux-gnu-g++ root=/usr/aarch64-linux-gnu
-  if ! command -v "$compiler" >/dev/null || ! command -v qemu-aarch64 >/dev/null; then
-    echo "skipped: $compiler and qemu-aarch64 are needed (Debian: g++-aarch64-linux-gnu, qemu-user)"
+aarch64() { emulate_aarch64; }
+aarch64_short() { FASTATTN_TEST_CASES=20 emulate_aarch64 random hidden_dropout rotary; }
+
+emulate_aarch64() { # names of tests; none: all, for minutes
+  local compiler=aarch64-linux-gnu-g++ binary=build/tests-aarch64/abi_tests
+  local emulator=(qemu-aarch64 -cpu max -L /usr/aarch64-linux-gnu)
+  if ! command -v "$compiler" >/dev/null || ! command -v "${emulator[0]}" >/dev/null; then
+    echo "skipped: $compiler and ${emulator[0]} are needed (Debian: g++-aarch64-linux-gnu, qemu-user)"
     return
   fi
   build aarch64 -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER="$compiler"
-  FASTATTN_TEST_CASES=40 each_isa build/tests-aarch64/abi_tests qemu-aarch64 -cpu max -L "$root"
+  for isa in $(isas "$binary" "${emulator[@]}"); do
+    FASTATTN_TEST_CASES=${FASTATTN_TEST_CASES:-40} FASTATTN_CPU_ISA=$isa "${emulator[@]}" "$binary" "$@"
+  done
 }
 
 for name in "$@"; do

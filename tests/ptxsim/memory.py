@@ -12,7 +12,7 @@ import numpy as np
 from .errors import LaunchError, MemoryFault
 
 BASE = 0x7A00_0000_0000
-GUARD = 4096
+GUARD = 1 << 18  # more than a tile's overhang, which would land in the next buffer unnoticed
 FORBIDDEN, UNWRITTEN, WRITTEN, READ_ONLY = 0, 1, 2, 3
 POISON = 0xFF
 

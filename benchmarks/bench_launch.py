@@ -67,12 +67,14 @@ def null_driver(arch: int = 80) -> Iterator[None]:
 
 
 def steps() -> dict[str, Callable[[], object]]:
-    from fastattn.backends.triton import rows
+    from fastattn.backends.triton import rotary, rows
 
     q = torch.randn(2, 4, 64, 64).half()
     leaf = q.clone().requires_grad_()
     upstream = torch.randn_like(q)
     token, keys = torch.randn(1, 8, 1, 64).half(), torch.randn(1, 2, 2000, 64).half()
+    cos, sin = torch.randn(2, 1, 64, 64).half()
+    turned = torch.empty_like(q), torch.empty_like(q)
     matrix, kept = torch.randn(64, 256).half(), torch.arange(0, 64, 2)
 
     def both() -> None:
@@ -84,6 +86,7 @@ def steps() -> dict[str, Callable[[], object]]:
         "forward and backward, by autograd": both,
         "decode, keys split and merged": lambda: fastattn.attention(token, keys, keys, backend="triton"),
         "padding left out (unpad)": lambda: rows.unpad(matrix, kept),
+        "rotary positions of q and k": lambda: rotary.rotate((q, q), turned, cos, sin, False),
     }
 
 

@@ -71,9 +71,12 @@ def main(argv: list[str] | None = None) -> int:
     names = [name for name, reason in backends.items() if not reason]
     if names:  # one process for all of them: only times from interleaved rounds are compared
         command = [sys.executable, "-m", "fastattn.cli", "bench", "--backend", names[0], *BENCH]
-        status = _run([*command, "--against", *names[1:], *PEERS, "--out", out / "bench"])
+        command += ["--against", *names[1:], *PEERS, "--parts", "grid", "features", "--out", out / "bench"]
+        status = _run(command)
         failed |= status != 0
-        tables = ["It failed."] if status else bench_tables(out / "bench", names)
+        tables = ["It failed."]
+        if not status:
+            tables = [*bench_tables(out / "bench", names), *features_table(out / "bench", names[0])]
         lines += ["", "## Benchmark", "", *tables]
     (out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{out / 'report.md'}: {'FAILED' if failed else 'passed'}")
@@ -120,6 +123,18 @@ def bench_tables(folder: Path, names: list[str]) -> list[str]:
         cells.setdefault((*key, row["direction"]), {})[name] = row
     compared = _backends_table(cells, names) if len(names) > 1 else []
     return [*compared, *_peers_table(cells, names[0], [name for name in PEERS if name not in names])]
+
+
+def features_table(folder: Path, name: str) -> list[str]:
+    """Markdown: grouped heads, packed sequences, decoding and dropout beside torch's own attention."""
+    table = ["", f"| problem | dtype | feature | pass | {name} ms | sdpa |", "|---|---|---|---|---|---|"]
+    with (folder / "features.csv").open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            shape = "x".join(row[n] for n in ("batch", "heads", "length", "head_dim"))
+            ours, theirs = float(row["fastattn_ms"]), float(row["sdpa_ms"])
+            words = (shape, row["dtype"], row["feature"], row["direction"])
+            table.append(f"| {' | '.join(words)} | {ours:.3f} | {theirs / ours:.2f} |")
+    return table
 
 
 def _backends_table(cells: dict[tuple, dict], names: list[str]) -> list[str]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from .backends import Backend
 from .errors import InvalidArgumentError, UnsupportedError
 from .ops import _library, _transformed, _unit_last_stride, _unwatched
 
@@ -83,12 +84,12 @@ def _mismatch(xs: Sequence[Tensor], cos: Tensor, sin: Tensor) -> InvalidArgument
     return None
 
 
-def _unserved(device: torch.device) -> UnsupportedError | None:
+def _backend(device: torch.device) -> Backend:
     name = _BACKEND_OF.get(device.type)
     loaded = f"no backend is for {device.type} devices" if name is None else dispatch.load(name)
     if isinstance(loaded, str):
-        return UnsupportedError(f"no rotary positions on {device}", {name or "auto": loaded})
-    return None
+        raise UnsupportedError(f"no rotary positions on {device}", {name or "auto": loaded})
+    return loaded
 
 
 def _outputs(xs: Sequence[Tensor]) -> list[Tensor]:
@@ -99,11 +100,11 @@ def _outputs(xs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _kernel(xs: Sequence[Tensor], cos: Tensor, sin: Tensor, transposed: bool) -> list[Tensor]:
-    if (error := _mismatch(xs, cos, sin) or _unserved(xs[0].device)) is not None:
+    if (error := _mismatch(xs, cos, sin)) is not None:
         raise error
+    backend = _backend(xs[0].device)
     xs = [_unit_last_stride(x) for x in xs]
     outs = _outputs(xs)
-    backend = dispatch.load(_BACKEND_OF[xs[0].device.type])
     backend.rotary(xs, outs, _unit_last_stride(cos), _unit_last_stride(sin), transposed)
     return outs
 

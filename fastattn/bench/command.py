@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,8 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--parts", nargs="+", default=["grid"], metavar="P",
-        help="grid: against peers; ratios: what masks, dropout and fewer gradients change; phases: shares of "
-        "products, softmax, packing (needs the source tree); scaling: by length, heads, threads (grid)",
+        help="grid: against peers; features: grouped heads, packing, decoding and dropout against sdpa; "
+        "ratios: what masks, dropout and fewer gradients change; phases: shares of products, softmax, "
+        "packing (needs the source tree); scaling: by length, heads, threads (grid)",
     )  # fmt: skip
     parser.add_argument("--forward-only", action="store_true", help="leave the backward pass out")
     parser.add_argument(
@@ -71,7 +72,7 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
     device = gpu.device_of(arguments.backend)
     for name in parts:
         if name in ("phases", "scaling") and arguments.backend != "cpu":
-            raise InvalidArgumentError("--parts", name, "grid and ratios, unless --backend is cpu")
+            raise InvalidArgumentError("--parts", name, "grid, features and ratios, unless --backend is cpu")
     one = torch.zeros(1, 1, 1, 8, device=device)
     # Refuses here, with its reason, or not at all.
     fastattn.attention(one, one, one, backend=arguments.backend)
@@ -142,13 +143,22 @@ class _Bench:
             for name in self.contenders
         ]
 
+    def features(self) -> None:
+        from . import features
+
+        rows = itertools.chain.from_iterable(self._problems(features.measure))
+        self._table("features.csv", features.FIELDS, rows, features.describe)
+
     def ratios(self) -> None:
         from . import ratios
 
+        self._table("ratios.csv", ratios.FIELDS, self._problems(ratios.measure), ratios.describe)
+
+    def _problems(self, measure: Callable) -> Iterator:
+        """measure(...) of each shape and dtype, whatever its masks and passes."""
         problems = dict.fromkeys((cell.shape, cell.dtype) for cell in self.cells)
         backend, seconds = self.arguments.backend, self.arguments.seconds
-        rows = (ratios.measure(*problem, backend, seconds, self.device) for problem in problems)
-        self._table("ratios.csv", ratios.FIELDS, rows, ratios.describe)
+        return (measure(*problem, backend, seconds, self.device) for problem in problems)
 
     def phases(self) -> None:
         from . import phases
@@ -179,7 +189,13 @@ class _Bench:
         return done
 
 
-_PARTS = {"grid": _Bench.grid, "ratios": _Bench.ratios, "phases": _Bench.phases, "scaling": _Bench.scaling}
+_PARTS = {
+    "grid": _Bench.grid,
+    "features": _Bench.features,
+    "ratios": _Bench.ratios,
+    "phases": _Bench.phases,
+    "scaling": _Bench.scaling,
+}
 
 
 def _cells(arguments: argparse.Namespace) -> Iterator[Cell]:

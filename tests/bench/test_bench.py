@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from fastattn.bench import contenders, peak, phases, ratios
+from fastattn.bench import contenders, features, peak, phases, ratios
 from fastattn.bench.grid import MASKS, Cell, Inputs
 from fastattn.bench.timing import interleaved_medians
 from fastattn.cli import main
@@ -22,6 +22,36 @@ def test_contenders_compute_the_same(name, mask):
     torch.testing.assert_close(
         {"sdpa": contenders._sdpa, "eager": contenders._eager}[name](inputs)(), reference
     )
+
+
+@pytest.mark.parametrize("feature", features.FEATURES)
+def test_features_are_those_of_their_names(feature):
+    """Both take the same numbers and, but for dropout, compute the same of them."""
+    ours, taken, theirs, padded = features.problem(feature, (3, 8, 20, 16), "float32", "reference")
+    found, expected = ours(*taken), theirs(*padded)
+    assert padded[1].shape[1] == (2 if feature in ("grouped", "decode") else 8)
+    assert padded[0].shape[2] == (1 if feature == "decode" else 20)
+    if feature == "dropout":
+        assert not torch.equal(found, ours(*taken))
+        assert not torch.equal(expected, theirs(*padded))
+        return
+    if feature == "packed":
+        tokens = theirs.keywords["attn_mask"][:, 0, 0]
+        assert tokens.sum(1).tolist() == [10, 15, 20]
+        expected = expected.transpose(1, 2)[tokens]
+    torch.testing.assert_close(found, expected)
+
+
+def test_features_of_one_problem(tmp_path, cpu):
+    arguments = ["--parts", "features", "--backend", "cpu", "--shape", "2,4,24,16", "--seconds", "0"]
+    assert main(["bench", *arguments, "--dtype", "float32", "--out", str(tmp_path)]) == 0
+    with (tmp_path / "features.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    both = [(name, way) for name in features.FEATURES for way in ("forward", "forward+backward")]
+    assert [(row["feature"], row["direction"]) for row in rows] == [
+        (name, way) for name, way in both if name != "decode" or way == "forward"
+    ]
+    assert all(float(row["fastattn_ms"]) > 0 and float(row["sdpa_ms"]) > 0 for row in rows)
 
 
 def test_flex_that_does_not_compile_is_a_note(monkeypatch, tmp_path):

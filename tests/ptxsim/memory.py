@@ -12,7 +12,7 @@ import numpy as np
 from .errors import LaunchError, MemoryFault
 
 BASE = 0x7A00_0000_0000
-GUARD = 4096
+GUARD = 1 << 18  # more than a tile's overhang, which would land in the next buffer unnoticed
 FORBIDDEN, UNWRITTEN, WRITTEN, READ_ONLY = 0, 1, 2, 3
 POISON = 0xFF
 
@@ -58,8 +58,14 @@ class GlobalMemory:
         self.data = self.state = None
 
     def add(self, array, mode="inout", name="?"):
-        """Reserve room for `array` (any strides) and return its Buffer. Call before `commit`."""
+        """Reserve room for `array` (any strides) and return its Buffer. Call before `commit`.
+
+        The same memory given twice in the same way is one buffer, as it is on a GPU.
+        """
         a = as_numpy(array)
+        for buffer in self.buffers if a.size else ():
+            if buffer.mode == mode and _place(buffer.array) == _place(a):
+                return buffer
         low, high = _extent(a)
         # The element at the array's own data pointer keeps 256-byte alignment as torch's and CUDA's allocators give.
         start = -(-self.size // 256) * 256 + -(low // 256) * 256
@@ -170,6 +176,10 @@ class GlobalMemory:
             f"global memory, {what}: {width} bytes at {where}, by {threads(i)}; {int(bad.sum())} threads in all",
             instr,
         )
+
+
+def _place(a):
+    return a.ctypes.data, a.shape, a.strides, a.dtype
 
 
 def _extent(a):

@@ -68,6 +68,18 @@ def test_modes_of_arguments():
     assert not np.isnan(out[:7]).any()
 
 
+def test_memory_given_twice_is_one_buffer():
+    x = np.zeros(32, np.uint32)
+    half = x[:16]
+    body = f"{AT0} mad.lo.u64 %at1, %wide, 4, %ptr1; mov.u32 %r1, 7; st.global.u32 [%at0], %r1; bar.sync 0;"
+    body += " ld.global.u32 %r2, [%at1]; add.u32 %r2, %r2, 1; st.global.u32 [%at1], %r2;"
+    run(body, x, x)
+    assert (x == 8).all()
+    x[:] = 0
+    run(body, half, x[16:], threads=16)
+    assert half.tolist() + x[16:].tolist() == [7] * 16 + [1] * 16
+
+
 def test_nothing_is_written_back_after_a_fault():
     x = np.zeros(32, np.int32)
     with pytest.raises(MemoryFault):

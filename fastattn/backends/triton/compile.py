@@ -108,14 +108,16 @@ class Variant:
         tf32 = self.precision == "tf32"
         if self.kernel == "decode":
             return configs.decode_config(self.arch, 8, *shape)
+        bias, relative, dropout = (x in self.features for x in ("bias", "relative_bias", "dropout"))
         if self.kernel == "forward":
-            shaped = bool(self.features - {"left", "right", "packed"})
-            biased = bool(self.features & {"bias", "relative_bias"})
+            shaped = bool(self.features - {"left", "right", "packed", "grouped"})
+            biased = bias or relative
             lean = not self.features & {"left", "packed"}
-            return configs.forward_config(self.arch, *shape, shaped, biased, lean, tf32)
-        if self.kernel in ("dq", "dkdv"):
-            choose = configs.dq_config if self.kernel == "dq" else configs.dkdv_config
-            return choose(self.arch, *shape, tf32)
+            return configs.forward_config(self.arch, *shape, shaped, biased, lean, tf32, dropout)
+        if self.kernel == "dq":
+            return configs.dq_config(self.arch, *shape, tf32, bias)
+        if self.kernel == "dkdv":
+            return configs.dkdv_config(self.arch, *shape, tf32, bias, dropout, relative)
         if self.kernel in ("dbias", "drelative_bias"):
             return configs.bias_config(self.arch, *shape)
         return configs.DELTA_TILES if self.kernel == "delta" else configs.ONE_WARP

@@ -60,12 +60,14 @@ def forward_config(
     biased: bool = False,
     lean: bool = True,
     tf32: bool = False,
+    dropout: bool = False,
 ) -> TileConfig:
     """Tiles of the forward kernel.
 
     shaped: whether anything but a window and a positive scale is done to the scores or weights.
     biased: whether tiles of a bias or relative_bias are loaded, which pass through shared memory too.
     lean: neither packed sequences nor a left edge of a window, whose bookkeeping takes registers.
+    dropout: which is of the shaped, and makes Philox's numbers.
     """
     dim = padded_dim(max(head_dim, head_dim_v))
     if arch == INTERPRETER:
@@ -81,7 +83,9 @@ def forward_config(
         return TileConfig(128, 64, 4, 3) if arch < 90 else TileConfig(128, 128, 8, 3)
     if dim <= 128:
         if arch in (90, 100):
-            # 224 of 227 KiB of shared memory; shaped scores would spill 20 to 60 words an iteration.
+            # 224 of 227 KiB of shared memory; shaped scores would spill 20 to 60 words an iteration. A window
+            # spills in its masked loops, 2 words (packed, 28). 64 keys would spill none, and take 718 slots
+            # for 537 where nothing is masked, 1344 for 1183 where something is (packed, 1354 for 1828).
             return TileConfig(128, 64, 8, 3) if shaped else TileConfig(128, 128, 8, 3)
         whole = head_dim == head_dim_v == dim
         if arch == 80 and lean and not shaped and whole:
@@ -90,14 +94,27 @@ def forward_config(
         if biased:
             return TileConfig(128, 32, 8, 2)
         # Masks of a padded head's columns take registers: 64 keys would spill up to 14 words an iteration.
-        return TileConfig(128, 64, 8, 3) if whole else TileConfig(128, 32, 8, 3)
+        if not whole:
+            return TileConfig(128, 32, 8, 3)
+        # Philox leaves no registers for a third stage's addresses: 8 words an iteration, 1.01 for 0.95.
+        return TileConfig(128, 64, 8, 2 if dropout else 3)
     if arch == 90 and not shaped:
         return TileConfig(128, 64, 8, 2)
     return TileConfig(64, 64, 8, 2) if arch in (80, 90, 100) else TileConfig(64, 32, 8, 2)
 
 
-def dq_config(arch: Arch, head_dim: int, head_dim_v: int, itemsize: int, tf32: bool = False) -> TileConfig:
-    """Tiles of the dq kernel, which holds a tile of q, dout and dq and streams k and v."""
+def dq_config(
+    arch: Arch,
+    head_dim: int,
+    head_dim_v: int,
+    itemsize: int,
+    tf32: bool = False,
+    bias: bool = False,
+) -> TileConfig:
+    """Tiles of the dq kernel, which holds a tile of q, dout and dq and streams k and v.
+
+    bias: whether tiles of one are loaded (relative_bias costs less).
+    """
     dim = padded_dim(max(head_dim, head_dim_v))
     if arch == INTERPRETER:
         return _INTERPRETED
@@ -107,6 +124,11 @@ def dq_config(arch: Arch, head_dim: int, head_dim_v: int, itemsize: int, tf32: b
         return _tf32_config("dq", dim) if tf32 else _fp32_config(dim)
     # Three stages load the next tile while this one is computed with; two would wait for each.
     if dim <= 64:
+        if bias and arch not in (90, 100):
+            return TileConfig(64, 32, 4, 3)  # 0.93; 64 keys count 0.97 and spill 6 to 15 words an iteration
+        # Packed, with dropout, below sm_90, this spills 3 to 11 words an iteration, at 1.20. Kept: 32 keys
+        # count 1.54, since a draw of Philox serves eight keys of 128; 32 rows of 128 keys count 1.07, but
+        # read k and v twice as often, near to what the L2 cache can give.
         return TileConfig(64, 64, 4, 3)
     if dim <= 128:
         # 160 of 227 KiB; elsewhere 68, which fits the 99 of an 86, 89 or 120 as well.
@@ -118,8 +140,20 @@ def dq_config(arch: Arch, head_dim: int, head_dim_v: int, itemsize: int, tf32: b
     return TileConfig(64, 32, 8, 2) if arch == 80 else TileConfig(32, 32, 4, 2)
 
 
-def dkdv_config(arch: Arch, head_dim: int, head_dim_v: int, itemsize: int, tf32: bool = False) -> TileConfig:
-    """Tiles of the dk/dv kernel, which holds a tile of k, v, dk and dv and streams q and dout."""
+def dkdv_config(
+    arch: Arch,
+    head_dim: int,
+    head_dim_v: int,
+    itemsize: int,
+    tf32: bool = False,
+    bias: bool = False,
+    dropout: bool = False,
+    relative_bias: bool = False,
+) -> TileConfig:
+    """Tiles of the dk/dv kernel, which holds a tile of k, v, dk and dv and streams q and dout.
+
+    bias, dropout: see dq_config and forward_config.
+    """
     dim = padded_dim(max(head_dim, head_dim_v))
     if arch == INTERPRETER:
         return _INTERPRETED
@@ -129,10 +163,15 @@ def dkdv_config(arch: Arch, head_dim: int, head_dim_v: int, itemsize: int, tf32:
         return _tf32_config("dkdv", dim) if tf32 else _fp32_config(dim)
     # Long key tiles, since every query tile streams past them; the widest query tile that spills nothing.
     if dim <= 64:
-        return TileConfig(64, 128, 8, 3) if arch in (90, 100) else TileConfig(32, 128, 8, 3)
+        if arch in (90, 100):
+            # Packed with dropout, a third stage spills up to 3 words an iteration and counts 3.94 for 3.80.
+            return TileConfig(64, 128, 8, 2 if dropout else 3)
+        # Bias and dropout together: 128 keys count 2.41 for 2.29, and spill 7 words an iteration.
+        return TileConfig(32, 64, 4, 3) if bias and dropout else TileConfig(32, 128, 8, 3)
     if dim <= 128:
         if arch in (90, 100):
-            return TileConfig(32, 128, 8, 3)
+            # Packed with relative_bias, a third stage spills 15 to 24 words an iteration: 1.23 for 1.09.
+            return TileConfig(32, 128, 8, 2 if relative_bias else 3)
         # Eight warps share a tile of scores without computing any twice, as they would of 64x32: 1.5 times
         # the products. 105 KiB; elsewhere 72, which fits the 99 of an 86 or 89. Its causal loop would spill a
         # word on sm_120.

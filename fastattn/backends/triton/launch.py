@@ -98,13 +98,15 @@ def plan_forward(
     itemsize = problem.dtype.itemsize
     if problem.packed or rows > configs.FOLDED_ROWS or problem.seqlen_k < 4 * rows:
         biased = problem.bias_shape is not None or problem.has_relative_bias
+        dropout = problem.dropout_p > 0.0
         shaped = (
-            biased or problem.has_key_mask or problem.alibi_shape is not None or problem.softcap > 0.0
-            or problem.dropout_p > 0.0 or problem.softmax_scale <= 0.0
+            biased or dropout or problem.has_key_mask or problem.alibi_shape is not None
+            or problem.softcap > 0.0 or problem.softmax_scale <= 0.0
         )  # fmt: skip
         shape = (problem.head_dim, problem.head_dim_v, itemsize)
         lean = not problem.packed and problem.window_left < 0
-        config = configs.forward_config(arch, *shape, shaped, biased, lean, precision == "tf32")
+        tf32 = precision == "tf32"
+        config = configs.forward_config(arch, *shape, shaped, biased, lean, tf32, dropout)
         return config, False, 1
     config = configs.decode_config(arch, rows, problem.head_dim, problem.head_dim_v, itemsize)
     tiles = _tiles(rows, config.block_m) * problem.num_kv_heads * problem.batch
@@ -230,7 +232,7 @@ def _prepare_backward(
     dq, dk, dv, dbias, drelative_bias = gradients
     align = alignment(problem.dtype, (q, k, v, out, dout, dq, dk, dv))
     shape = (problem.head_dim, problem.head_dim_v, problem.dtype.itemsize)
-    tf32 = precision == "tf32"
+    choice = (arch, *shape, precision == "tf32", problem.bias_shape is not None)
     heads, kv_heads = problem.num_heads, problem.num_kv_heads
     sequences = problem.batch + problem.packed  # the packed rows without a sequence count as one more
     values = common(problem, q, k, v, bias) | named_strides({"g": dout})
@@ -246,9 +248,7 @@ def _prepare_backward(
             programs = _tiles(problem.seqlen_q, tiles.block_m) * heads * sequences
             return Launch(dq_kernel, programs, tiles.options(), own_dq | _blocks(tiles))
 
-        launches["dq"] = _with_tiles(
-            dq_kernel, by_queries, configs.dq_config(arch, *shape, tf32), own_dq, problem
-        )
+        launches["dq"] = _with_tiles(dq_kernel, by_queries, configs.dq_config(*choice), own_dq, problem)
     if dk is not None or dv is not None:
         own_dkdv = values | offsets | named_strides({"dk": dk, "dv": dv})
         own_dkdv |= {"num_heads": kv_heads, "GROUPED": heads > kv_heads}
@@ -258,9 +258,8 @@ def _prepare_backward(
             programs = _tiles(problem.seqlen_k, tiles.block_n) * kv_heads * sequences
             return Launch(dkdv_kernel, programs, tiles.options(), own_dkdv | _blocks(tiles))
 
-        launches["dkdv"] = _with_tiles(
-            dkdv_kernel, by_keys, configs.dkdv_config(arch, *shape, tf32), own_dkdv, problem
-        )
+        config = configs.dkdv_config(*choice, problem.dropout_p > 0.0, problem.has_relative_bias)
+        launches["dkdv"] = _with_tiles(dkdv_kernel, by_keys, config, own_dkdv, problem)
     config = configs.bias_config(arch, *shape)
     block = config.block_m
     own = {"BLOCK": block, "DIAGONAL": False, "REDUCE_Q": False, "REDUCE_K": False}

@@ -8,6 +8,7 @@ first launch goes through the JIT and the next ones go to the compiled kernel th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from torch import Tensor
@@ -18,15 +19,24 @@ _compiled: dict[tuple, object] = {}  # what the JIT returned, by all that its co
 
 
 class Launch:
-    """`kernel` over `programs` programs. values: every argument but pointers and seed.
+    """`kernel` over `programs` programs, along one axis or three.
 
+    values: every argument but pointers and seed.
     fewer_stages: whether to make do with fewer pipeline stages where shared memory is short, or to raise.
     """
 
-    __slots__ = ("_code", "_kernel", "_options", "_prepared", "_values", "fewer_stages", "programs")
+    __slots__ = ("_code", "_grid", "_kernel", "_options", "_prepared", "_values", "fewer_stages", "programs")
 
-    def __init__(self, kernel, programs: int, options: dict[str, object], values: dict[str, object]):
-        self._kernel, self.programs, self._options, self._values = kernel, programs, options, values
+    def __init__(
+        self,
+        kernel,
+        programs: int | tuple[int, int, int],
+        options: dict[str, object],
+        values: dict[str, object],
+    ):
+        self._kernel, self._options, self._values = kernel, options, values
+        self._grid = (programs, 1, 1) if isinstance(programs, int) else programs
+        self.programs = math.prod(self._grid)
         self.fewer_stages = True
         self._prepared: dict[tuple, tuple[Callable, tuple, tuple]] = {}
         switches = tuple([item for item in values.items() if item[0].isupper()])
@@ -63,7 +73,7 @@ class Launch:
 
         while True:
             try:
-                return self._kernel[(self.programs, 1, 1)](**changing, **self._values, **self._options)
+                return self._kernel[self._grid](**changing, **self._values, **self._options)
             except OutOfResources as error:
                 stages = self._options["num_stages"]
                 if error.name != "shared memory" or stages == 1 or not self.fewer_stages:
@@ -82,7 +92,7 @@ class Launch:
         at = rest.index("seed") if "seed" in rest else len(rest)
         before = tuple(self._values[name] for name in rest[:at])
         after = tuple(self._values[name] for name in rest[at + 1 :])
-        self._prepared[kind] = compiled[(self.programs, 1, 1)], before, after
+        self._prepared[kind] = compiled[self._grid], before, after
         return self._prepared[kind]
 
 

@@ -3,17 +3,21 @@
 A program turns HEADS heads of q or k at BLOCK_N positions, so that angles are read once for several heads.
 """
 
+import functools
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import alignment, layout, named_strides, strides
+from .arguments import Layout, alignment, layout, named_strides, strides
 from .device import on_device
+from .prepared import Launch
 from .tiles import aligned, kernel
 
 _HEADS = 4
+_OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 _TILE = 1024  # elements of BLOCK_N halves: 8 for each of 128 threads
 
 
@@ -139,24 +143,56 @@ def turn_heads(
 
 def rotate(xs: Sequence[Tensor], outs: Sequence[Tensor], cos: Tensor, sin: Tensor, transposed: bool) -> None:
     """Write xs, turned, into outs: what `fastattn.rotary` validated, all of unit last stride."""
-    q, k, q_out, k_out = layout(xs[0]), layout(xs[-1]), layout(outs[0]), layout(outs[-1])
-    tables = layout(cos[:, None]), layout(sin[:, None])
-    batch, num_heads, seqlen, head_dim = xs[0].shape
-    num_kv_heads = xs[1].shape[1] if len(xs) == 2 else 0
-    half = cos.shape[2] // 2
-    if all(x.numel() == 0 for x in xs):
+    q, k, q_out, k_out = xs[0], xs[-1], outs[0], outs[-1]
+    launch = _prepare(
+        layout(q), layout(k), layout(q_out), layout(k_out), layout(cos), layout(sin),
+        len(xs) == 2, transposed, q.dtype, cos.dtype, q.device,
+    )  # fmt: skip
+    if launch.programs == 0:
         return
+    with on_device(q.device):
+        launch({"p_q": q, "p_k": k, "p_q_out": q_out, "p_k_out": k_out, "p_cos": cos, "p_sin": sin})
+
+
+@functools.lru_cache(maxsize=256)
+def _prepare(
+    q: Layout,
+    k: Layout,
+    q_out: Layout,
+    k_out: Layout,
+    cos: Layout,
+    sin: Layout,
+    both: bool,
+    transposed: bool,
+    dtype: torch.dtype,
+    table_dtype: torch.dtype,
+    device: torch.device,  # whose code the launch keeps
+) -> Launch:
+    batch, num_heads, seqlen, head_dim = q[0]
+    num_kv_heads = k[0][1] if both else 0
+    half = cos[0][2] // 2
     block_half = triton.next_power_of_2(half)
     block_n = _TILE // block_half
     groups = triton.cdiv(num_heads, _HEADS) + triton.cdiv(num_kv_heads, _HEADS)
+    # (B, N, D_rot) as a tensor of one head.
+    tables = [((shape[0], 1, *shape[1:]), (stride[0], 0, *stride[1:])) for shape, stride in (cos, sin)]
     (cos_b, _, cos_n), (sin_b, _, sin_n) = map(strides, tables)
-    with on_device(xs[0].device):
-        rotary_kernel[(triton.cdiv(seqlen, block_n), groups, batch)](
-            p_q=xs[0], p_k=xs[-1], p_q_out=outs[0], p_k_out=outs[-1], p_cos=cos, p_sin=sin,
-            **named_strides({"q": q, "k": k, "qo": q_out, "ko": k_out}),
-            stride_cb=cos_b, stride_cn=cos_n, stride_sb=sin_b, stride_sn=sin_n,
-            num_heads=num_heads, num_kv_heads=num_kv_heads, seqlen=seqlen,
-            HEAD_DIM=head_dim, HALF=half, TRANSPOSED=transposed, HEADS=_HEADS,
-            BLOCK_N=block_n, BLOCK_HALF=block_half,
-            ALIGN=alignment(xs[0].dtype, (q, k, q_out, k_out)), TABLE_ALIGN=alignment(cos.dtype, tables),
-        )  # fmt: skip
+    values = named_strides({"q": q, "k": k, "qo": q_out, "ko": k_out}) | {
+        "stride_cb": cos_b,
+        "stride_cn": cos_n,
+        "stride_sb": sin_b,
+        "stride_sn": sin_n,
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "seqlen": seqlen,
+        "HEAD_DIM": head_dim,
+        "HALF": half,
+        "TRANSPOSED": transposed,
+        "HEADS": _HEADS,
+        "BLOCK_N": block_n,
+        "BLOCK_HALF": block_half,
+        "ALIGN": alignment(dtype, (q, k, q_out, k_out)),
+        "TABLE_ALIGN": alignment(table_dtype, tables),
+    }
+    # Three axes and no division of one: what an axis gives is the whole block's, and takes no registers.
+    return Launch(rotary_kernel, (triton.cdiv(seqlen, block_n), groups, batch), _OPTIONS, values)

@@ -5,6 +5,7 @@ What torch does with index_select, and with new_zeros and index_copy_ (which wri
 
 import functools
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -94,8 +95,9 @@ def _launch(kernel, matrix: Tensor, rows: Tensor, num_out: int, **more: int) -> 
         return out
     wide = 16 // matrix.element_size()
     launch = _prepare(
-        kernel, num_out, len(rows), columns, wide if columns % wide == 0 else 1, tuple(more.items())
-    )
+        kernel, num_out, len(rows), columns, wide if columns % wide == 0 else 1, tuple(more.items()),
+        matrix.dtype, matrix.device,
+    )  # fmt: skip
     with on_device(matrix.device):
         launch({"p_in": matrix, "p_rows": rows, "p_out": out})
     return out
@@ -103,7 +105,14 @@ def _launch(kernel, matrix: Tensor, rows: Tensor, num_out: int, **more: int) -> 
 
 @functools.lru_cache(maxsize=256)
 def _prepare(
-    kernel, num_out: int, num_rows: int, columns: int, align: int, more: tuple[tuple[str, int], ...]
+    kernel,
+    num_out: int,
+    num_rows: int,
+    columns: int,
+    align: int,
+    more: tuple[tuple[str, int], ...],
+    dtype: torch.dtype,  # for which, and
+    device: torch.device,  # for which, the launch keeps code
 ) -> Launch:
     values = {"num_rows": num_rows, "columns": columns, "ALIGN": align}
     values |= {"BLOCK_ROWS": _BLOCK_ROWS, "BLOCK_COLUMNS": _BLOCK_COLUMNS}

@@ -17,7 +17,6 @@ def fake(driver_folder, monkeypatch):
     import doubles
     import fake_cuda
 
-    launch = doubles.launch_module()
     installed = []
 
     def install(arch, simulate=True):
@@ -28,9 +27,9 @@ def fake(driver_folder, monkeypatch):
         return device
 
     yield install
-    launch.forget()
-    for name in doubles.KERNELS:
-        getattr(launch, name).device_caches.clear()  # so that `kernels` tells all that the next test needs
+    doubles.forget()
+    for kernel in doubles.kernels():
+        kernel.device_caches.clear()  # so that `kernels` tells all that the next test needs
     gc.collect()  # unloads compiled kernels, for which their driver must still be there
     for device in installed:
         device.remove()

@@ -29,6 +29,37 @@ def of_launch(arguments):
     return {n: x for n, x in arguments.items() if n not in options | constexprs}, constexprs, options
 
 
+SMALL_KERNELS = {"rows": ("unpad_kernel", "pad_kernel"), "rotary": ("rotary_kernel",)}
+"""Those of modules that launch for themselves."""
+
+
+def kernels():
+    """Every kernel that the backend launches."""
+    modules = {name: importlib.import_module(f"fastattn.backends.triton.{name}") for name in SMALL_KERNELS}
+    own = [getattr(modules[module], name) for module, names in SMALL_KERNELS.items() for name in names]
+    return [getattr(launch_module(), name) for name in KERNELS] + own
+
+
+def forget():
+    """Drop whatever is prepared: it is of a driver, or of a kernel's double."""
+    launch_module().forget()
+    for name in SMALL_KERNELS:
+        importlib.import_module(f"fastattn.backends.triton.{name}")._prepare.cache_clear()
+
+
+def count_jit(module, name, monkeypatch, names=None):
+    """The list (names, or a new one) that the kernel's name joins when a launch goes through Triton's JIT."""
+    kernel, names = getattr(module, name), [] if names is None else names
+    original = kernel.run
+
+    def run(*args, **kwargs):
+        names.append(name)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(kernel, "run", run)
+    return names
+
+
 class Recorder:
     """Takes a kernel's place in launch.py and keeps what it would be launched with."""
 
@@ -67,4 +98,4 @@ def pretend(arch, monkeypatch):
     monkeypatch.setitem(dispatch._backends, "triton", backend)
     monkeypatch.setattr(dispatch, "_chosen", {})
     monkeypatch.setattr(launch_module(), "_read_in_kernels", lambda seed: seed.dim() == 1)
-    launch_module().forget()
+    forget()

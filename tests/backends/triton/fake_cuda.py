@@ -22,9 +22,7 @@ from ptxsim.parser import parse
 CALLBACK = ctypes.CFUNCTYPE(
     ctypes.c_int,
     ctypes.c_uint64,
-    ctypes.c_uint,
-    ctypes.c_uint,
-    ctypes.c_uint,
+    *[ctypes.c_uint] * 5,
     ctypes.POINTER(ctypes.c_void_p),
 )
 
@@ -126,7 +124,8 @@ class FakeCuda:
         self.kernels.append(name)
         self._loaded[function] = name, Path(files[f"{name}.ptx"]).read_text()
 
-    def _on_launch(self, function, grid, block, shared, params) -> int:
+    def _on_launch(self, function, x, y, z, block, shared, params) -> int:
+        grid = x, y, z
         try:
             name, ptx = self._loaded[function]
             (kernel,) = parse(ptx).kernels.values()

@@ -2,8 +2,8 @@
 // launch it. A device's number is its compute capability. What a launch would run goes to a callback, or nowhere.
 #include <cuda.h>
 
-typedef int (*launch_callback)(unsigned long long function, unsigned grid, unsigned block, unsigned shared,
-                               void **params);
+typedef int (*launch_callback)(unsigned long long function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
+                               unsigned block, unsigned shared, void **params);
 static launch_callback on_launch;
 static unsigned long long functions, launches;
 
@@ -69,6 +69,7 @@ CUresult cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdev
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **params, void **extra) {
   ++launches;
   if (!on_launch) return CUDA_SUCCESS;
-  int failed = on_launch((unsigned long long)function, config->gridDimX, config->blockDimX, config->sharedMemBytes, params);
+  int failed = on_launch((unsigned long long)function, config->gridDimX, config->gridDimY, config->gridDimZ,
+                         config->blockDimX, config->sharedMemBytes, params);
   return failed ? CUDA_ERROR_LAUNCH_FAILED : CUDA_SUCCESS;
 }

@@ -42,11 +42,12 @@ WRITTEN = {
 SAME_FROM_ALL_LANES = {("decode", "merge"), ("relative_bias", "dbias")}
 
 
-# Not explained yet: what was seen there besides what should have been.
+# What was seen besides what should have been. Explained: between the loop of pairs and the masked one the
+# compiler waits for every group, but nothing touches what the last one writes before the next wait for all.
+# (With no wait at all there is a race there, and it is reported.)
+EXPLAINED = {("wide forward sm_80", "one group too few waited for"): "unnoticed"}
+# Not explained yet.
 OPEN = {
-    ("wide forward sm_80", "one group too few waited for"): "unnoticed",
-    ("wide dkdv sm_80", "store not masked"): "unnoticed",
-    ("wide dkdv sm_90", "store not masked"): "unnoticed",
     ("bias dbias sm_90", "wgmma: fence of registers removed"): fault_kinds.RESULTS,
     ("bias dbias sm_90", "wgmma: proxy fence removed"): fault_kinds.RESULTS,
 }
@@ -129,7 +130,7 @@ def check(outcomes, kernel=""):
     for name, seen in outcomes.items():
         fault = fault_kinds.FAULTS[name]
         allowed = fault.noticed_by | ({"unnoticed"} if fault.spare else set())
-        allowed |= {OPEN.get((kernel, name), "")}
+        allowed |= {(OPEN | EXPLAINED).get((kernel, name), "")}
         assert seen.keys() <= allowed, (name, seen)
 
 
@@ -192,18 +193,20 @@ def test_a_place_without_effect_is_told_from_a_fault_unnoticed():
 def test_the_document_has_the_totals():
     table = json.loads(TABLE.read_text())
     assert table.keys() == {row(*which) for which in PLANTED}
-    counts, spare = Counter(), 0
+    counts, spare, explained = Counter(), 0, 0
     for kernel, outcomes in table.items():
         check(outcomes, kernel)
         for name, seen in outcomes.items():
             counts.update(seen)
             spare += seen.get("unnoticed", 0) * fault_kinds.FAULTS[name].spare
+            explained += seen.get("unnoticed", 0) * ((kernel, name) in EXPLAINED)
     missed = counts.pop("unnoticed")
     noticed = counts.total()
     text = " ".join(DOCUMENT.read_text(encoding="utf-8").split())
     assert f"Of {noticed + missed} places in {len(table)} kernels, {noticed} were noticed" in text
     assert f"{spare} of the others are barriers and fences" in text
-    assert f"{missed - spare} are not explained yet" in text
+    assert missed == spare + explained
+    assert f"{explained} is a wait" in text
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 import importlib
 import re
 
+import doubles
+import fake_cuda
 import pytest
 import torch
 from doubles import SimulatedKernel
@@ -11,17 +13,27 @@ from ptxsim import why_no_triton
 from fastattn import dispatch, reference, rotary
 from fastattn.backends.triton import sass
 from fastattn.backends.triton.backend import TritonBackend
+from fastattn.errors import UnsupportedError
 
 pytestmark = pytest.mark.skipif(why_no_triton() is not None, reason=str(why_no_triton()))
 
 
 @pytest.fixture
-def runs(request, monkeypatch):
-    """The op on CPU tensors takes the Triton kernel, run by the simulator as PTX of sm_80 or sm_90."""
-    module, runs = importlib.import_module("fastattn.backends.triton.rotary"), []
-    monkeypatch.setattr(module, "rotary_kernel", SimulatedKernel(module.rotary_kernel, request.param, runs))
+def module(monkeypatch):
+    """The kernel's module, which the op takes for CPU tensors; nothing stays prepared."""
+    module = importlib.import_module("fastattn.backends.triton.rotary")
     monkeypatch.setitem(rotary._BACKEND_OF, "cpu", "triton")
     monkeypatch.setitem(dispatch._backends, "triton", TritonBackend())
+    module._prepare.cache_clear()
+    yield module
+    module._prepare.cache_clear()
+
+
+@pytest.fixture
+def runs(request, module, monkeypatch):
+    """The simulator's runs of the kernel as PTX of sm_80 or sm_90."""
+    runs = []
+    monkeypatch.setattr(module, "rotary_kernel", SimulatedKernel(module.rotary_kernel, request.param, runs))
     return runs
 
 
@@ -59,9 +71,35 @@ def test_turned_and_compiled(runs, dtype, table_dtype, dim, rotary_dim, poisoned
         assert used["registers"] <= 128
 
 
+@pytest.mark.skipif(fake_cuda.why_not() is not None, reason=str(fake_cuda.why_not()))
+def test_a_prepared_launch_reads_where_the_tensors_are_now(fake, module, monkeypatch):
+    """Past the JIT from the second launch on; other lengths, strides and tables compile nothing anew."""
+    device = fake(80)
+    jit = doubles.count_jit(module, "rotary_kernel", monkeypatch)
+
+    def check(dtype, seqlen, transposed=False):
+        q, k = (torch.randn(2, seqlen, heads, 64).to(dtype).transpose(1, 2) for heads in (5, 2))
+        cos, sin = torch.randn(2, 1, seqlen, 64).to(dtype)
+        tolerance = torch.finfo(dtype).eps
+        for xs in ((q, k), (k,), (q, k[:, ::2])):
+            for out, x in zip(rotary.rotate(xs, cos, sin, transposed), xs, strict=True):
+                exact = reference.rotary(x.double(), cos.double(), sin.double(), transposed)
+                torch.testing.assert_close(out.double(), exact, atol=4 * tolerance, rtol=tolerance)
+
+    check(torch.float16, 37)
+    check(torch.float16, 37)
+    check(torch.float16, 20)
+    assert jit == device.kernels == ["rotary_kernel"]
+    check(torch.bfloat16, 37)  # as many bytes, another code
+    check(torch.float16, 37, transposed=True)
+    assert jit == device.kernels == ["rotary_kernel"] * 3
+
+
 def test_gpus_take_triton_and_say_why_not(monkeypatch):
     assert rotary._BACKEND_OF["cuda"] == "triton"
     monkeypatch.setitem(dispatch._backends, "triton", "not installed")
-    error = rotary._unserved(torch.device("cuda:0"))
-    assert error.reasons == {"triton": "not installed"}
-    assert "xpu" in str(rotary._unserved(torch.device("xpu")))
+    with pytest.raises(UnsupportedError) as refused:
+        rotary._backend(torch.device("cuda:0"))
+    assert refused.value.reasons == {"triton": "not installed"}
+    with pytest.raises(UnsupportedError, match="xpu"):
+        rotary._backend(torch.device("xpu"))

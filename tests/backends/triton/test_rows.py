@@ -2,6 +2,8 @@
 
 import importlib
 
+import doubles
+import fake_cuda
 import pytest
 import torch
 from doubles import SimulatedKernel
@@ -50,6 +52,18 @@ def test_packed_and_padded_as_without_them(kernels, dtype, columns, monkeypatch,
         assert ("ld.global.v4.b32" in compiled.asm["ptx"]) == (columns == 264)
         assert ("st.global.v4.b32" in compiled.asm["ptx"]) == (columns == 264)
         assert sass.resources(compiled.asm["cubin"])["stack"] == 0
+
+
+@pytest.mark.skipif(fake_cuda.why_not() is not None, reason=str(fake_cuda.why_not()))
+def test_a_prepared_launch_is_of_the_dtype_and_reads_where_the_tensors_are_now(fake, monkeypatch):
+    device = fake(80)
+    rows = importlib.import_module("fastattn.backends.triton.rows")
+    jit = doubles.count_jit(rows, "unpad_kernel", monkeypatch)
+    kept = torch.tensor([0, 2, 5])
+    for dtype in (torch.float16, torch.float16, torch.float32):
+        matrix = torch.randn(6, 7).to(dtype)
+        assert torch.equal(rows.unpad(matrix, kept), matrix[kept])
+    assert jit == device.kernels == ["unpad_kernel"] * 2
 
 
 def test_used_for_tensors_on_a_gpu_alone(monkeypatch):

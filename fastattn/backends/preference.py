@@ -33,11 +33,11 @@ class Slots(NamedTuple):
 FIGURES = {
     (80, 32, "plain"): (Slots(0.96, 0.71, 0.95), Slots(0.86, 0.68, 0.78, moving=0.18)),
     (80, 64, "plain"): (Slots(0.61, 0.47, 0.61), Slots(0.53, 0.45, 0.50, moving=0.12)),
-    (80, 96, "plain"): (Slots(0.70, 0.57, 0.61), Slots(0.46, 0.43, 0.51, moving=0.10)),
+    (80, 96, "plain"): (Slots(0.83, 0.57, 0.61), Slots(0.46, 0.43, 0.51, moving=0.10)),
     (80, 128, "plain"): (Slots(0.43, 0.42, 0.45), Slots(0.41, 0.35, 0.43, moving=0.09)),
     (80, 256, "plain"): (Slots(0.68, 0.58, 0.96), Slots(0.37, 0.36, 0.63, moving=0.15)),
     (80, 64, "dropout"): (Slots(1.64, 1.11, 2.04), Slots(1.39, 1.03, 0.84, moving=0.12)),
-    (80, 128, "dropout"): (Slots(1.01, 1.19, 0.93), Slots(0.81, 0.86, 0.66, moving=0.09)),
+    (80, 128, "dropout"): (Slots(0.95, 1.19, 0.93), Slots(0.81, 0.86, 0.66, moving=0.09)),
     (80, 64, "softcap"): (Slots(1.86, 1.28, 1.22), Slots(1.04, 0.79, 0.76, moving=0.12)),
     (80, 128, "softcap"): (Slots(1.06, 0.83, 0.74), Slots(0.63, 0.52, 0.56, moving=0.09)),
     (90, 64, "plain"): (Slots(0.91, 0.70, 0.94), Slots(0.75, 0.50, 0.68, moving=0.12)),

@@ -94,7 +94,7 @@ test-python: setup ## pytest, without the tests marked slow
 	$(call say,pytest)
 	$(PY) $(PYTEST) -m "not slow"
 
-test: setup lint test-cpp test-python ## set up once, then lint and C++ tests and pytest (at most 15 minutes in all on 2 cores)
+test: setup lint test-cpp test-python ## set up once, then lint and C++ tests and pytest (about 15 minutes in all on 2 cores)
 
 test-all: setup lint test-cpp test-aarch64 ## `make test` and everything that is marked slow
 	$(PY) $(PYTEST)

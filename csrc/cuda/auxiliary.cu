@@ -61,6 +61,7 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads) row_statistics_kernel(const __grid_constant__ Params p) {
   const int64_t rows = p.cu_q != nullptr ? p.total_q : p.len_q, batch = p.cu_q != nullptr ? 1 : p.batch;
   const int lane = threadIdx.x % 32;
+  const float kept = float(65536 - p.dropout_threshold) / 65536.0f;  // 1 / dropout_scale
   for (int64_t index = thread_index() / 32; index < batch * p.heads * rows; index += thread_count() / 32) {
     const int64_t i = index % rows, h = index / rows % p.heads, b = index / rows / p.heads;
     const T* out =
@@ -77,7 +78,7 @@ __global__ void __launch_bounds__(kThreads) row_statistics_kernel(const __grid_c
         p.dlse.data == nullptr ? 0.0f : p.dlse.data[b * p.dlse.stride_b + h * p.dlse.stride_h + i];
     const bool empty = lse == -INFINITY;
     p.rows[b * p.rows_stride_b + h * p.rows_stride_h + i] =
-        RowStatistics{empty ? INFINITY : lse * kLog2E, empty ? 0.0f : sum - dlse};
+        RowStatistics{empty ? INFINITY : lse * kLog2E, empty ? 0.0f : (dlse - sum) * kept};
   }
 }
 

@@ -9,10 +9,6 @@ namespace fastattn {
 // three of them fit 32 bits.
 constexpr int kMaxLength = 1 << 28;
 constexpr int kUnlimited = 1 << 29;
-// Tiles are loaded up to kLoadedRows rows at a time, and the step from these to the next is computed in 32
-// bits (in 64 it costs registers that the kernels do not have): rows as far apart as that are copied first.
-constexpr int kLoadedRows = 64;
-constexpr int kFarRows = (1 << 30) / kLoadedRows * 2;  // elements
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
@@ -20,7 +16,7 @@ struct TensorArg {
   void* data;
   int64_t stride_b, stride_h;
   int32_t stride_n;
-  bool aligned;  // all rows start on 16-byte boundaries, less than kFarRows apart
+  bool aligned;  // all rows start on 16-byte boundaries
 };
 
 // A number per (batch, head, query row).
@@ -35,15 +31,18 @@ struct BiasArg {
 };
 
 // What backward needs of a query row, side by side for one 8-byte load: the base-2 log-sum-exp (+inf for a
-// row that sees no key, so that every weight is exp2(-inf) = 0) and delta = sum(out * dout) - dlse.
+// row that sees no key, so that every weight is exp2(-inf) = 0), and what the accumulators of dout v^T start
+// from, -delta / dropout_scale with delta = sum(out * dout) - dlse. The gradient of a score is its weight
+// times that sum, or times the start alone where the weight is dropped; results are scaled at the end.
 struct alignas(8) RowStatistics {
   float lse2;
-  float delta;
+  float minus_delta;
 };
 
 struct Params {
   TensorArg q, k, v, out, dout, dq, dk, dv;
   RowArg lse, dlse;
+  int32_t wants_dk, wants_dv;
   RowStatistics* rows;  // workspace of backward: rows_stride_b, rows_stride_h
   int64_t rows_stride_b, rows_stride_h;
 

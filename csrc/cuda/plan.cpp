@@ -9,14 +9,13 @@ namespace {
 
 bool packed(const fastattn_problem& p) { return p.cu_seqlens_q != nullptr; }
 
-// Aligned: rows on 16-byte boundaries, a whole number of 16-byte chunks long, not too far apart, and not all
-// the same row (tensor maps have no such stride).
+// Aligned: rows on 16-byte boundaries, a whole number of 16-byte chunks long, and not all the same row
+// (tensor maps have no such stride).
 TensorArg tensor_arg(const fastattn_problem& p, const fastattn_tensor& t, int64_t dim) {
   const int64_t chunk = 16 / element_bytes(p.dtype);
   TensorArg x{t.data, packed(p) ? 0 : t.stride_b, t.stride_h, int32_t(t.stride_n), false};
   x.aligned = reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && x.stride_b % chunk == 0 &&
-              x.stride_h % chunk == 0 && x.stride_n % chunk == 0 && x.stride_n != 0 &&
-              x.stride_n > -kFarRows && x.stride_n < kFarRows && dim % chunk == 0;
+              x.stride_h % chunk == 0 && x.stride_n % chunk == 0 && x.stride_n != 0 && dim % chunk == 0;
   return x;
 }
 
@@ -99,6 +98,7 @@ Plan plan_backward(const fastattn_problem& p, const fastattn_backward_io& io, in
   x.dq = tensor_arg(p, io.dq, p.head_dim);
   x.dk = tensor_arg(p, io.dk, p.head_dim);
   x.dv = tensor_arg(p, io.dv, p.head_dim_v);
+  x.wants_dk = io.dk.data != nullptr, x.wants_dv = io.dv.data != nullptr;
 
   const int64_t rows = packed(p) ? p.total_q : p.seqlen_q;
   x.rows_stride_h = rows, x.rows_stride_b = packed(p) ? 0 : p.num_heads * rows;

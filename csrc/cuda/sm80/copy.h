@@ -16,29 +16,54 @@ struct Matrix {
   bool aligned;  // every row starts on a 16-byte boundary
 };
 
-// Rows row0 .. row0 + kRows - 1 into a tile, with zeros beyond the matrix: one cp.async of 16 bytes a chunk.
-// The matrix is aligned (plan.cpp has seen to that) and its columns are a whole number of chunks.
+// Rows of a matrix into a tile, with zeros beyond the matrix: one cp.async of 16 bytes a chunk. The matrix is
+// aligned (plan.cpp has seen to that) and its columns are a whole number of chunks. A thread of kThreads
+// remembers where its part of the tile begins, and moves on from there.
+template <typename Tile, int kThreads, typename T>
+class TileSource {
+  static constexpr int kLanes = Tile::kPeriod;  // neighbouring threads that share a row
+  static constexpr int kRowsPerPass = kThreads / kLanes;
+  static_assert(kRowsPerPass % 8 == 0, "a thread keeps its permutation from pass to pass");
+
+ public:
+  // Rows row0 on.
+  __device__ __forceinline__ void seek(const Matrix<T>& m, int row0) {
+    at_ = m.data + int64_t(row0 + thread_row()) * m.stride + thread_chunk() * Tile::kElementsPerChunk;
+  }
+  __device__ __forceinline__ void next_tile(int stride) { at_ = ptx::advance<Tile::kRows>(at_, stride); }
+  __device__ __forceinline__ void jump(int64_t elements) { at_ += elements; }
+
+  // Without kBounded all rows are inside.
+  template <bool kBounded>
+  __device__ __forceinline__ void load(uint32_t tile, const Matrix<T>& m, int row0) const {
+    const int r = thread_row(), c = thread_chunk();
+    const uint32_t target = tile + Tile::offset(r, c);
+    T* source = at_;
+#pragma unroll
+    for (int row = 0; row < Tile::kRows; row += kRowsPerPass) {
+      if (Tile::kRows % kRowsPerPass != 0 && r + row >= Tile::kRows) break;
+      const bool row_inside = !kBounded || row0 + r + row < m.rows;
+#pragma unroll
+      for (int chunk = 0; chunk < Tile::kChunks; chunk += kLanes) {
+        const bool inside = row_inside && (c + chunk) * Tile::kElementsPerChunk < m.cols;
+        ptx::cp_async_16(target + row * Tile::kRowBytes + chunk * 16,
+                         source + chunk * Tile::kElementsPerChunk, inside);
+      }
+      source = ptx::advance<kRowsPerPass>(source, m.stride);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ static int thread_row() { return threadIdx.x / kLanes; }
+  __device__ __forceinline__ static int thread_chunk() { return threadIdx.x % kLanes; }
+  T* at_;
+};
+
 template <typename Tile, int kThreads, typename T>
 __device__ __forceinline__ void load_tile(uint32_t tile, const Matrix<T>& m, int row0) {
-  constexpr int kLanes = Tile::kPeriod;  // neighbouring threads that share a row
-  constexpr int kRowsPerPass = kThreads / kLanes;
-  static_assert(kRowsPerPass % 8 == 0, "a thread keeps its permutation from pass to pass");
-  static_assert(kRowsPerPass <= kLoadedRows, "a pass is a step of 32 bits");
-  const int r = threadIdx.x / kLanes, c = threadIdx.x % kLanes;
-  const T* source = m.data + int64_t(row0 + r) * m.stride + c * Tile::kElementsPerChunk;
-  const uint32_t target = tile + Tile::offset(r, c);
-#pragma unroll
-  for (int row = 0; row < Tile::kRows; row += kRowsPerPass) {
-    if (Tile::kRows % kRowsPerPass != 0 && r + row >= Tile::kRows) break;
-    const bool row_inside = row0 + r + row < m.rows;
-#pragma unroll
-    for (int chunk = 0; chunk < Tile::kChunks; chunk += kLanes) {
-      const bool inside = row_inside && (c + chunk) * Tile::kElementsPerChunk < m.cols;
-      ptx::cp_async_16(target + row * Tile::kRowBytes + chunk * 16, source + chunk * Tile::kElementsPerChunk,
-                       inside);
-    }
-    source += kRowsPerPass * m.stride;
-  }
+  TileSource<Tile, kThreads, T> source;
+  source.seek(m, row0);
+  source.template load<true>(tile, m, row0);
 }
 
 // The 16 x (8 kTiles) accumulators of one warp, times `scale` a row, rounded to T, to rows row .. row + 15 of

@@ -73,9 +73,13 @@ struct KeepBytes {
       bytes[lane * kStride + query] = uint8_t(keep);
     }
   }
-  // Bits 0 and 8: whether key 16 * slot + lane is kept by queries `query` (even) and query + 1.
-  __device__ __forceinline__ static uint32_t pair(const uint8_t* bytes, int query, int lane, int slot) {
-    return *reinterpret_cast<const uint16_t*>(bytes + lane * kStride + query) >> slot;
+  template <int kThreads>
+  __device__ __forceinline__ static void keep_all(uint8_t* bytes) {
+    for (int at = threadIdx.x; at < kBytes; at += kThreads) bytes[at] = 0xff;
+  }
+  // Bits slot and 8 + slot: whether key 16 * slot + lane is kept by queries `query` (even) and query + 1.
+  __device__ __forceinline__ static uint32_t pair(const uint8_t* bytes, int query, int lane) {
+    return *reinterpret_cast<const uint16_t*>(bytes + lane * kStride + query);
   }
 };
 

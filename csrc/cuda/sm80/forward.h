@@ -50,13 +50,8 @@ __global__ void __launch_bounds__(ForwardShape<T, kDim, V>::kTile.threads())
   TileWalk walk = walk_keys<kBlockK>(p, s, band, first_q, kBlockQ);
   walk.take_split(split, p.splits);
 
-  const auto k = key_matrix<const T>(p.k, s, head / p.group, p.load_dim);
-  const auto v = key_matrix<const T>(p.v, s, head / p.group, p.load_dim_v);
-  const auto load = [&](int step, int stage) {
-    const int first_k = walk.at(step) * kBlockK;
-    load_tile<KTile, kThreads>(k_tile(stage), k, first_k);
-    load_tile<KTile, kThreads>(v_tile(stage), v, first_k);
-  };
+  KeySource<KTile, kThreads> source(p, s, head / p.group);
+  const auto load = [&](int step, int stage, auto next) { source.load(k_tile(stage), walk, step, next); };
 
   const int warp_row = threadIdx.x / 32 * kM * 16, lane = threadIdx.x % 32;
   const int row = first_q + warp_row + lane / 4;  // this lane's first query
@@ -66,8 +61,11 @@ __global__ void __launch_bounds__(ForwardShape<T, kDim, V>::kTile.threads())
   float out[kM][kValueTiles][4];
   OnlineSoftmax<kM> softmax;
 
+  // Else there are no registers for where the tiles are copied from.
+  constexpr bool kMovesOn = sizeof(T) == 2 && !V::kPosition;
   const auto step_over = [&](int step, auto masked, auto careful) {
-    const int stage = Pipeline<2>::begin(step, walk.count(), load);
+    const int stage =
+        Pipeline<2>::begin(step, walk.count(), std::bool_constant < !masked.value && kMovesOn > {}, load);
     const int first_k = walk.at(step) * kBlockK;
     if constexpr (careful.value) {
       CleanV::template clean<kThreads>(v_tile(stage), notes);

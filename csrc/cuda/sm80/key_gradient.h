@@ -5,14 +5,25 @@
 // as the left operands of dv += weights * dout and dk += dscores * q.
 #pragma once
 
+#include <stddef.h>
+
 #include "dropout.h"
 #include "mask.h"
 #include "matmul.h"
 #include "pipeline.h"
+#include "row_tile.h"
 #include "tile_sizes.h"
 #include "variant.h"
 
 namespace fastattn {
+
+// From the rows behind a head's last unmasked tile to those of the first of the next head, in elements of q
+// and dout, in words of RowStatistics and in queries. Seldom needed, so kept in shared memory, not in
+// registers.
+struct HeadJump {
+  int64_t q, dout, words;
+  int queries;
+};
 
 template <typename T, int kDim>
 struct KeyGradientShape {
@@ -20,11 +31,13 @@ struct KeyGradientShape {
   using QTile = Tile<T, kTile.block_q, kDim>;
   using KTile = Tile<T, kTile.block_k(), kDim>;
   using Keep = KeepBytes<kTile.block_q>;
-  static constexpr int kRowBytes = kTile.block_q * int(sizeof(RowStatistics));
-  static constexpr int kRowsOffset = 2 * QTile::kBytes;
-  static constexpr int kKeepOffset = kRowsOffset + kRowBytes;
-  static constexpr int kStageBytes = (kKeepOffset + Keep::kBytes + 127) / 128 * 128;
-  static constexpr int kSharedBytes = 2 * KTile::kBytes + kTile.stages * kStageBytes;
+  using Rows = RowTile<kTile.block_q>;
+  // Bytes from stage to stage, and where the first lies in shared memory: q and dout; what their rows have.
+  static constexpr int kTileBytes = stage_bytes(2 * QTile::kBytes), kRowBytes = stage_bytes(Rows::kBytes),
+                       kKeepBytes = stage_bytes(Keep::kBytes + int(sizeof(HeadJump)));
+  static constexpr int kTiles = 2 * KTile::kBytes, kRows = kTiles + kTile.stages * kTileBytes,
+                       kKeep = kRows + kTile.stages * kRowBytes, kJump = kKeep + Keep::kBytes,
+                       kSharedBytes = kKeep + kTile.stages * kKeepBytes;
   static_assert(kSharedBytes <= kSharedLimit);
 };
 
@@ -43,6 +56,68 @@ struct HeadWalk {
   }
 };
 
+// What a block copies for a step, as one thread sees it: q, dout, and a word of their rows' statistics. Next
+// to an unmasked step is one a tile further, or the first of the next head, and all its rows exist.
+template <typename T, int kDim>
+class QuerySource {
+  using Shape = KeyGradientShape<T, kDim>;
+  using QTile = typename Shape::QTile;
+  using Rows = typename Shape::Rows;
+  static constexpr int kBlockQ = Shape::kTile.block_q, kThreads = Shape::kTile.threads();
+  static_assert(Rows::kCopies <= kThreads);
+
+ public:
+  int head, first_q;  // of the step copied last
+
+  // Before a barrier.
+  __device__ __forceinline__ QuerySource(uint8_t* shared, const Params& p, const HeadWalk& walk)
+      : jump_(ptx::shared_address(shared + Shape::kJump)) {
+    const int rows = (walk.tiles.full_end - walk.tiles.full_begin) * kBlockQ;
+    if (threadIdx.x == 0)
+      *reinterpret_cast<HeadJump*>(shared + Shape::kJump) = {
+          p.q.stride_h - int64_t(rows) * p.q.stride_n, p.dout.stride_h - int64_t(rows) * p.dout.stride_n,
+          2 * (p.rows_stride_h - rows), -rows};
+  }
+
+  // To neighbouring tiles, and a RowTile; `next` as in Pipeline.
+  template <typename Next>
+  __device__ __forceinline__ void load(uint32_t q_tile, uint32_t rows, const Params& p, const Sequence& s,
+                                       const HeadWalk& walk, int kv_head, int step, Next next) {
+    if constexpr (next.value) {
+      move_on(p, walk.tiles.full_end * kBlockQ);
+    } else {
+      int tile;
+      walk.at(step, head, tile);
+      head += kv_head * p.group, first_q = tile * kBlockQ;
+      q_at_.seek(query_matrix<const T>(p.q, s, head, p.load_dim), first_q);
+      dout_at_.seek(query_matrix<const T>(p.dout, s, head, p.load_dim_v), first_q);
+      word_ = &row_statistics(p, s, head)[first_q + query()].lse2 + Rows::word(threadIdx.x);
+    }
+    q_at_.template load<!next.value>(q_tile, query_matrix<const T>(p.q, s, head, p.load_dim), first_q);
+    dout_at_.template load<!next.value>(q_tile + QTile::kBytes,
+                                        query_matrix<const T>(p.dout, s, head, p.load_dim_v), first_q);
+    if (copies_) ptx::cp_async_4(rows + threadIdx.x * 4, word_, next.value || first_q + query() < s.len_q);
+  }
+
+ private:
+  // Unmasked tiles end before query `end`.
+  __device__ __forceinline__ void move_on(const Params& p, int end) {
+    q_at_.next_tile(p.q.stride_n), dout_at_.next_tile(p.dout.stride_n);
+    word_ += 2 * kBlockQ, first_q += kBlockQ;
+    if (first_q < end) return;
+    ++head, first_q += int(ptx::load_shared_32(jump_ + offsetof(HeadJump, queries)));
+    q_at_.jump(ptx::load_shared_s64(jump_ + offsetof(HeadJump, q)));
+    dout_at_.jump(ptx::load_shared_s64(jump_ + offsetof(HeadJump, dout)));
+    word_ += ptx::load_shared_s64(jump_ + offsetof(HeadJump, words));
+  }
+  __device__ __forceinline__ static int query() { return Rows::query(threadIdx.x); }
+
+  TileSource<QTile, kThreads, const T> q_at_, dout_at_;
+  const float* word_;
+  const uint32_t jump_;                                                      // where a HeadJump lies
+  const bool copies_ = ptx::uniform(threadIdx.x / 32) < Rows::kCopies / 32;  // this warp
+};
+
 template <typename T, int kDim, typename V, bool kDk, bool kDv>
 __global__ void __launch_bounds__(KeyGradientShape<T, kDim>::kTile.threads())
     key_gradient(const __grid_constant__ Params p) {
@@ -50,18 +125,20 @@ __global__ void __launch_bounds__(KeyGradientShape<T, kDim>::kTile.threads())
   using QTile = typename Shape::QTile;
   using KTile = typename Shape::KTile;
   using Keep = typename Shape::Keep;
+  using Rows = typename Shape::Rows;
   constexpr int kBlockQ = Shape::kTile.block_q, kBlockK = Shape::kTile.block_k();
   constexpr int kThreads = Shape::kTile.threads(), kQueryTiles = kBlockQ / 8, kOutTiles = kDim / 8;
   using Steps = Pipeline<Shape::kTile.stages>;
   using KOperand =
       std::conditional_t<Shape::kTile.k_in_registers, RegisterOperand<KTile, 1>, SharedOperand<KTile, 1>>;
-  const bool want_dk = kDk && p.dk.data != nullptr, want_dv = kDv && p.dv.data != nullptr;
+  const bool want_dk = kDk && p.wants_dk != 0, want_dv = kDv && p.wants_dv != 0;
 
   extern __shared__ __align__(128) uint8_t shared[];
   const uint32_t k_tile = ptx::shared_address(shared), v_tile = k_tile + KTile::kBytes;
-  uint8_t* const stages = shared + 2 * KTile::kBytes;
-  const auto q_tile = [&](int stage) { return v_tile + KTile::kBytes + stage * Shape::kStageBytes; };
+  const auto q_tile = [&](int stage) { return k_tile + Shape::kTiles + stage * Shape::kTileBytes; };
   const auto dout_tile = [&](int stage) { return q_tile(stage) + QTile::kBytes; };
+  const auto rows_of = [&](int stage) { return k_tile + Shape::kRows + stage * Shape::kRowBytes; };
+  const auto keep_of = [&](int stage) { return shared + Shape::kKeep + stage * Shape::kKeepBytes; };
 
   const Place place(ceil_div(p.len_k, kBlockK), p.kv_heads);
   const int kv_head = place.head, first_k = place.tile * kBlockK;
@@ -77,25 +154,18 @@ __global__ void __launch_bounds__(KeyGradientShape<T, kDim>::kTile.threads())
     visible[half] =
         j < s.len_k && (p.key_mask == nullptr || p.key_mask[s.batch * p.key_mask_stride_b + j] != 0);
   }
-  const bool all_visible = __syncthreads_and(visible[0] && visible[1]);
+  const bool all_visible = ptx::uniform(__syncthreads_and(visible[0] && visible[1]));
+  const uint32_t keep_bit =
+      1u << (first_k + warp_row) / kDropoutLanes % kDropoutSlots;  // of this warp's keys
   const HeadWalk walk{walk_queries<kBlockQ>(s, band, first_k, kBlockK, all_visible), p.group};
 
-  const auto load = [&](int step, int stage) {
-    int h, tile;
-    walk.at(step, h, tile);
-    const int head = kv_head * p.group + h, first_q = tile * kBlockQ;
-    load_tile<QTile, kThreads>(q_tile(stage), query_matrix<const T>(p.q, s, head, p.load_dim), first_q);
-    load_tile<QTile, kThreads>(dout_tile(stage), query_matrix<const T>(p.dout, s, head, p.load_dim_v),
-                               first_q);
-    if (threadIdx.x < kBlockQ) {
-      const int i = first_q + threadIdx.x;
-      ptx::cp_async_8(q_tile(stage) + Shape::kRowsOffset + threadIdx.x * int(sizeof(RowStatistics)),
-                      row_statistics(p, s, head) + i, i < s.len_q);
-    }
+  QuerySource<T, kDim> source(shared, p, walk);
+  const auto load = [&](int step, int stage, auto next) {
+    source.load(q_tile(stage), rows_of(stage), p, s, walk, kv_head, step, next);
     if constexpr (V::kDropout) {
       if (p.dropout_threshold > 0)
-        Keep::template fill<kThreads>(stages + stage * Shape::kStageBytes + Shape::kKeepOffset,
-                                      DropoutStream(p, head, s.batch), first_q, first_k);
+        Keep::template fill<kThreads>(keep_of(stage), DropoutStream(p, source.head, s.batch), source.first_q,
+                                      first_k);
     }
   };
 
@@ -104,47 +174,46 @@ __global__ void __launch_bounds__(KeyGradientShape<T, kDim>::kTile.threads())
   clear(dk);
   clear(dv);
 
+  // Else there are no registers for where the tiles are copied from.
+  constexpr bool kMovesOn = sizeof(T) == 2 && (kDim <= 128 || !V::kDropout);
   const auto step_over = [&](int step, auto masked) {
-    const int stage = Steps::begin(step, walk.count(), load);
+    const int stage =
+        Steps::begin(step, walk.count(), std::bool_constant < !masked.value && kMovesOn > {}, load);
     int h, tile;
     walk.at(step, h, tile);
     const int first_q = tile * kBlockQ;
     const ScoreTransform<T, V> transform(p, s, kv_head * p.group + h);
 
+    const uint32_t rows = Rows::quad(rows_of(stage));
     float weights[1][kQueryTiles][4], dscores[1][kQueryTiles][4];
     clear(weights);
     multiply_rows<QTile>(weights, k, q_tile(stage));
     if (want_dk) {
-      clear(dscores);
+#pragma unroll
+      for (int n = 0; n < kQueryTiles; ++n) Rows::minus_delta(dscores[0][n], rows, n);
       multiply_rows<QTile>(dscores, v, dout_tile(stage));
     }
+    float lse2[2][2];
 #pragma unroll
     for (int n = 0; n < kQueryTiles; ++n) {
+      if (n % 2 == 0) Rows::lse2(lse2, rows, n);
+      float start[4] = {};  // of dscores: what is left of one where the weight is dropped
+      if (V::kDropout && kDk) Rows::minus_delta(start, rows, n);
       const int query = 8 * n + lane % 4 * 2;  // this lane's queries: this one and query + 1
-      const uint4 rows =
-          ptx::load_shared_128(q_tile(stage) + Shape::kRowsOffset + query * int(sizeof(RowStatistics)));
-      const float lse2[2] = {__uint_as_float(rows.x), __uint_as_float(rows.z)};
-      const float delta[2] = {__uint_as_float(rows.y), __uint_as_float(rows.w)};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        uint32_t kept = 0x0101;
-        if constexpr (V::kDropout) {
-          if (p.dropout_threshold > 0)
-            kept = Keep::pair(stages + stage * Shape::kStageBytes + Shape::kKeepOffset, query,
-                              lane / 4 + 8 * half, (first_k + warp_row) / kDropoutLanes % kDropoutSlots);
-        }
+        uint32_t kept = 0;
+        if constexpr (V::kDropout) kept = Keep::pair(keep_of(stage), query, lane / 4 + 8 * half);
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& weight = weights[0][n][2 * half + e];
           float& dscore = dscores[0][n][2 * half + e];
           const int i = first_q + query + e, j = key + 8 * half;
           float derivative;
-          weight = ptx::exp2(transform.template apply<!masked.value>(weight, i, j, derivative) - lse2[e]);
-          const bool keeps = !V::kDropout || (kept >> (8 * e) & 1);
-          if (want_dk) {
-            const float dweight = V::kDropout ? (keeps ? dscore * p.dropout_scale : 0.0f) : dscore;
-            dscore = weight * (dweight - delta[e]) * derivative;
-          }
+          weight =
+              ptx::exp2(transform.template apply<!masked.value>(weight, i, j, derivative) - lse2[n % 2][e]);
+          const bool keeps = !V::kDropout || (kept & keep_bit << 8 * e) != 0;
+          if (want_dk) dscore = weight * (keeps ? dscore : start[e]) * derivative;
           if (V::kDropout && !keeps) weight = 0.0f;
           if (masked.value && !(visible[half] && band.contains(i, j))) {
             weight = 0.0f;
@@ -161,6 +230,9 @@ __global__ void __launch_bounds__(KeyGradientShape<T, kDim>::kTile.threads())
   load_tile<KTile, kThreads>(v_tile, key_matrix<const T>(p.v, s, kv_head, p.load_dim_v), first_k);
   ptx::cp_async_commit();
   Steps::start(walk.count(), load);
+  if (V::kDropout && p.dropout_threshold == 0)
+    for (int stage = 0; stage < Shape::kTile.stages; ++stage)
+      Keep::template keep_all<kThreads>(keep_of(stage));
   ptx::cp_async_wait<1>();
   __syncthreads();
   k.init(k_tile, warp_row);
@@ -170,12 +242,18 @@ __global__ void __launch_bounds__(KeyGradientShape<T, kDim>::kTile.threads())
   for (; step < walk.count(); ++step) step_over(step, std::false_type{});
 
   // A warp's rows of the k and v tiles are its own: they take its results on the way out.
-  const float dv_scale = V::kDropout ? p.dropout_scale : 1.0f;
-  if (kDk) store_accumulators<KTile>(k_tile, warp_row, dk[0], p.scale, p.scale);
-  if (kDv) store_accumulators<KTile>(v_tile, warp_row, dv[0], dv_scale, dv_scale);
+  const float keep_scale = V::kDropout ? p.dropout_scale : 1.0f, dk_scale = p.scale * keep_scale;
+  if (kDk) store_accumulators<KTile>(k_tile, warp_row, dk[0], dk_scale, dk_scale);
+  if (kDv) store_accumulators<KTile>(v_tile, warp_row, dv[0], keep_scale, keep_scale);
   __syncwarp();
-  if (want_dk) store_rows<KTile, 16>(k_tile, warp_row, key_matrix<T>(p.dk, s, kv_head, p.dim), first_k);
-  if (want_dv) store_rows<KTile, 16>(v_tile, warp_row, key_matrix<T>(p.dv, s, kv_head, p.dim_v), first_k);
+  // Where they go is computed anew: kept since the beginning it would cost the loops registers.
+  int tiles = ceil_div(p.len_k, kBlockK);
+  ptx::pin(tiles);
+  const Place to(tiles, p.kv_heads);
+  const Sequence rows(p, to.batch);
+  const int to_k = to.tile * kBlockK;
+  if (want_dk) store_rows<KTile, 16>(k_tile, warp_row, key_matrix<T>(p.dk, rows, to.head, p.dim), to_k);
+  if (want_dv) store_rows<KTile, 16>(v_tile, warp_row, key_matrix<T>(p.dv, rows, to.head, p.dim_v), to_k);
 }
 
 }  // namespace fastattn

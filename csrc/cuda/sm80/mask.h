@@ -72,6 +72,36 @@ __device__ __forceinline__ TileWalk walk_queries(const Sequence& s, const Band& 
   return walk;
 }
 
+// Keys and values of the steps of a walk, as one thread copies them. Next to an unmasked step is one a tile
+// further, and all its rows exist.
+template <typename KTile, int kThreads>
+class KeySource {
+  using T = typename KTile::T;
+
+ public:
+  __device__ __forceinline__ KeySource(const Params& p, const Sequence& s, int kv_head)
+      : k_(key_matrix<const T>(p.k, s, kv_head, p.load_dim)),
+        v_(key_matrix<const T>(p.v, s, kv_head, p.load_dim_v)) {}
+
+  // To neighbouring tiles; `next` as in Pipeline.
+  template <typename Next>
+  __device__ __forceinline__ void load(uint32_t k_tile, const TileWalk& walk, int step, Next next) {
+    int first = 0;
+    if constexpr (next.value) {
+      k_at_.next_tile(k_.stride), v_at_.next_tile(v_.stride);
+    } else {
+      first = walk.at(step) * KTile::kRows;
+      k_at_.seek(k_, first), v_at_.seek(v_, first);
+    }
+    k_at_.template load<!next.value>(k_tile, k_, first);
+    v_at_.template load<!next.value>(k_tile + KTile::kBytes, v_, first);
+  }
+
+ private:
+  Matrix<const T> k_, v_;
+  TileSource<KTile, kThreads, const T> k_at_, v_at_;
+};
+
 // One bit for each of kKeys keys from `first` on: it exists and the key mask lets it through. All lanes of a
 // warp hold all bits.
 template <int kKeys>

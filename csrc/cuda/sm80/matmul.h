@@ -42,13 +42,17 @@ struct RegisterOperand {
 };
 
 template <int kM, int kTiles>
-__device__ __forceinline__ void clear(float (&acc)[kM][kTiles][4]) {
+__device__ __forceinline__ void fill(float (&acc)[kM][kTiles][4], const float (&tile)[4]) {
 #pragma unroll
   for (int m = 0; m < kM; ++m)
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) acc[m][n][e] = 0.0f;
+      for (int e = 0; e < 4; ++e) acc[m][n][e] = tile[e];
+}
+template <int kM, int kTiles>
+__device__ __forceinline__ void clear(float (&acc)[kM][kTiles][4]) {
+  fill(acc, {0.0f, 0.0f, 0.0f, 0.0f});
 }
 
 // acc += left * tile^T: the tile's rows are the columns of the result (scores: queries x keys).
@@ -56,7 +60,8 @@ template <typename Tile, int kM, int kTiles, typename Left>
 __device__ __forceinline__ void multiply_rows(float (&acc)[kM][kTiles][4], const Left& left, uint32_t tile) {
   using T = typename Tile::T;
   static_assert(kTiles % 2 == 0);
-  const uint32_t address = Tile::right_address(tile, threadIdx.x % 32);
+  const uint32_t lane = Tile::right_address(Tile::kLanesApart ? 0 : tile, threadIdx.x % 32);
+  if (!Tile::kLanesApart) tile = 0;
 #pragma unroll
   for (int step = 0; step < Left::kSteps; ++step) {
     Operand a[kM];
@@ -64,7 +69,7 @@ __device__ __forceinline__ void multiply_rows(float (&acc)[kM][kTiles][4], const
 #pragma unroll
     for (int n = 0; n < kTiles; n += 2) {
       uint32_t b[4];
-      Tile::load_right(b, address, 8 * n, step);
+      Tile::load_right(b, tile, lane, 8 * n, step);
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
         Element<T>::mma(acc[m][n], a[m], b[0], b[1]);
@@ -79,7 +84,8 @@ template <typename Tile, int kM, int kTiles, int kWeightTiles>
 __device__ __forceinline__ void multiply_sum(float (&acc)[kM][kTiles][4],
                                              const float (&weights)[kM][kWeightTiles][4], uint32_t tile) {
   using T = typename Tile::T;
-  const uint32_t address = Tile::transposed_address(tile, threadIdx.x % 32);
+  const uint32_t lane = Tile::transposed_address(Tile::kLanesApart ? 0 : tile, threadIdx.x % 32);
+  if (!Tile::kLanesApart) tile = 0;
 #pragma unroll
   for (int step = 0; step < kWeightTiles * 8 / Element<T>::kStep; ++step) {
     Operand a[kM];
@@ -88,7 +94,7 @@ __device__ __forceinline__ void multiply_sum(float (&acc)[kM][kTiles][4],
 #pragma unroll
     for (int n = 0; n < kTiles; n += 2) {
       uint32_t b[4];
-      Tile::load_transposed(b, address, step, n / 2);
+      Tile::load_transposed(b, tile, lane, step, n / 2);
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
         Element<T>::mma(acc[m][n], a[m], b[0], b[1]);

@@ -16,6 +16,21 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 __device__ __forceinline__ void pin(int& x) { asm volatile("" : "+r"(x)); }
 __device__ __forceinline__ void pin(int64_t& x) { asm volatile("" : "+l"(x)); }
 
+// Data Movement: shfl.sync. A value that all lanes have, known to ptxas to be one: what is computed from it,
+// and control flow that depends on it, then takes uniform registers and branches.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+
+// Integer Arithmetic Instructions: mad.wide. pointer + kRows * stride in one instruction, not hoisted out of
+// loops, where it would be two and more registers.
+template <int kRows, typename T>
+__device__ __forceinline__ T* advance(T* pointer, int stride) {
+  T* result;
+  asm volatile("mad.wide.s32 %0, %1, %2, %3;"
+               : "=l"(result)
+               : "r"(stride), "n"(kRows * int(sizeof(T))), "l"(pointer));
+  return result;
+}
+
 // Data Movement, Non-bulk copy: cp.async with the ignore-src operand. Copies 16 bytes, or writes 16 zero
 // bytes when not `inside`; .cg bypasses L1.
 __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, bool inside) {
@@ -29,13 +44,13 @@ __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global,
       : "memory");
 }
 
-// The same for 8 bytes (.ca is the only cache operator for sizes below 16).
-__device__ __forceinline__ void cp_async_8(uint32_t shared, const void* global, bool inside) {
+// The same for 4 bytes (.ca is the only cache operator for sizes below 16).
+__device__ __forceinline__ void cp_async_4(uint32_t shared, const void* global, bool inside) {
   asm volatile(
       "{\n"
       ".reg .pred ignore;\n"
       "setp.eq.s32 ignore, %2, 0;\n"
-      "cp.async.ca.shared.global [%0], [%1], 8, ignore;\n"
+      "cp.async.ca.shared.global [%0], [%1], 4, ignore;\n"
       "}" ::"r"(shared),
       "l"(global), "r"(int(inside))
       : "memory");
@@ -69,6 +84,11 @@ __device__ __forceinline__ uint32_t load_shared_32(uint32_t shared) {
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(shared) : "memory");
   return value;
 }
+__device__ __forceinline__ int64_t load_shared_s64(uint32_t shared) {
+  int64_t value;
+  asm volatile("ld.shared.s64 %0, [%1];" : "=l"(value) : "r"(shared) : "memory");
+  return value;
+}
 __device__ __forceinline__ uint4 load_shared_128(uint32_t shared) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -90,6 +110,12 @@ __device__ __forceinline__ void store_shared_32(uint32_t shared, uint32_t value)
 }
 __device__ __forceinline__ void store_shared_64(uint32_t shared, uint32_t lo, uint32_t hi) {
   asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(shared), "r"(lo), "r"(hi) : "memory");
+}
+
+__device__ __forceinline__ void store_shared_128(uint32_t shared, uint4 v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w)
+               : "memory");
 }
 
 // Data Movement: st.global. nvcc makes four stores of a uint4's assignment.

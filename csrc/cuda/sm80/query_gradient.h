@@ -13,7 +13,8 @@ namespace fastattn {
 // What the gradient of a tile's scores is made of, for the lane's rows i and i + 8 of one 16-row strip.
 template <typename T, typename V>
 struct ScoreGradient {
-  float lse2[2], delta[2];
+  float lse2[2];
+  float start[4];  // of an accumulator tile's elements: RowStatistics::minus_delta
   int row;
 
   __device__ __forceinline__ void init(const Params& p, const Sequence& s, int head, int first_row) {
@@ -23,12 +24,15 @@ struct ScoreGradient {
       const int i = row + 8 * half;
       const bool inside = i < s.len_q;
       const RowStatistics r = inside ? row_statistics(p, s, head)[i] : RowStatistics{INFINITY, 0.0f};
-      lse2[half] = r.lse2, delta[half] = r.delta;
+      lse2[half] = r.lse2, start[2 * half] = r.minus_delta;
+      // A copy that ptxas does not know to be one: the four stay in registers that a product can start from.
+      start[2 * half + 1] = __shfl_sync(0xffffffffu, r.minus_delta, threadIdx.x % 32);
     }
   }
 
-  // scores (q * k) and dweights (dout * v) of keys first_k on; dweights becomes the gradient of the scores
-  // before softcap. With kMasked, elements outside the band or of keys not in `keys` give 0.
+  // scores (q * k) and dweights (dout * v, added to `start`) of keys first_k on; dweights becomes the
+  // gradient of the scores before softcap, but for dropout's scale. With kMasked, elements outside the band
+  // or of keys not in `keys` give 0.
   template <bool kMasked, int kTiles>
   __device__ __forceinline__ void apply(const Params& p, const Sequence& s, int head, const Band& band,
                                         const float (&scores)[kTiles][4], float (&dweights)[kTiles][4],
@@ -38,7 +42,7 @@ struct ScoreGradient {
     if constexpr (V::kDropout) {
       if (p.dropout_threshold > 0)
         visit_dropout<kTiles>(DropoutStream(p, head, s.batch), row, first_k, [&](int n, int e, bool keep) {
-          dweights[n][e] = keep ? dweights[n][e] * p.dropout_scale : 0.0f;
+          dweights[n][e] = keep ? dweights[n][e] : start[e];
         });
     }
 #pragma unroll
@@ -49,7 +53,7 @@ struct ScoreGradient {
         float derivative = 1.0f;
         const float weight =
             ptx::exp2(transform.template apply<!kMasked>(scores[n][e], i, j, derivative) - lse2[half]);
-        dweights[n][e] = weight * (dweights[n][e] - delta[half]);
+        dweights[n][e] *= weight;
         if (V::kSoftcap && with_derivative) dweights[n][e] *= derivative;
       }
     if constexpr (kMasked) {
@@ -70,7 +74,7 @@ struct QueryGradientShape {
   static constexpr QueryGradientTile kTile = query_gradient_tile(sizeof(T), kDim);
   using QTile = Tile<T, kTile.block_q(), kDim>;
   using KTile = Tile<T, kTile.block_k, kDim>;
-  static constexpr int kStageBytes = 2 * KTile::kBytes;
+  static constexpr int kStageBytes = stage_bytes(2 * KTile::kBytes);
   static constexpr int kNotesOffset = 2 * QTile::kBytes + kTile.stages * kStageBytes;
   static constexpr int kSharedBytes = kNotesOffset + Cleaner<KTile>::kBytes;
   static_assert(kSharedBytes <= kSharedLimit);
@@ -104,25 +108,21 @@ __global__ void __launch_bounds__(QueryGradientShape<T, kDim>::kTile.threads())
   TileWalk walk = walk_keys<kBlockK>(p, s, band, first_q, kBlockQ);
   const int warp_row = threadIdx.x / 32 * 16, row = first_q + warp_row + threadIdx.x % 32 / 4;
 
-  const auto k = key_matrix<const T>(p.k, s, head / p.group, p.load_dim);
-  const auto v = key_matrix<const T>(p.v, s, head / p.group, p.load_dim_v);
-  const auto load = [&](int step, int stage) {
-    const int first_k = walk.at(step) * kBlockK;
-    load_tile<KTile, kThreads>(k_tile(stage), k, first_k);
-    load_tile<KTile, kThreads>(v_tile(stage), v, first_k);
-  };
+  KeySource<KTile, kThreads> source(p, s, head / p.group);
+  const auto load = [&](int step, int stage, auto next) { source.load(k_tile(stage), walk, step, next); };
 
   QOperand q, dout;
   ScoreGradient<T, V> gradient;
   float dq[1][kOutTiles][4];
 
   const auto step_over = [&](int step, auto masked, auto careful) {
-    const int stage = Steps::begin(step, walk.count(), load);
+    const int stage =
+        Steps::begin(step, walk.count(), std::bool_constant < !masked.value && sizeof(T) == 2 > {}, load);
     const int first_k = walk.at(step) * kBlockK;
     float scores[1][kKeyTiles][4], dscores[1][kKeyTiles][4];
     clear(scores);
     multiply_rows<KTile>(scores, q, k_tile(stage));
-    clear(dscores);
+    fill(dscores, gradient.start);
     multiply_rows<KTile>(dscores, dout, v_tile(stage));
     gradient.template apply<masked.value>(p, s, head, band, scores[0], dscores[0], first_k);
     if constexpr (careful.value) {
@@ -158,7 +158,8 @@ __global__ void __launch_bounds__(QueryGradientShape<T, kDim>::kTile.threads())
     for (step = 0; step < walk.count(); ++step) step_over(step, yes, yes);
   }
 
-  store_accumulators<QTile>(q_tile, warp_row, dq[0], p.scale, p.scale);
+  const float dq_scale = V::kDropout ? p.scale * p.dropout_scale : p.scale;
+  store_accumulators<QTile>(q_tile, warp_row, dq[0], dq_scale, dq_scale);
   __syncwarp();
   store_rows<QTile, 16>(q_tile, warp_row, query_matrix<T>(p.dq, s, head, p.dim), first_q);
 }

@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(ScoreGradientShape<T, kDim>::kThreads)
     float scores[1][kTiles][4], dscores[1][kTiles][4];
     clear(scores);
     multiply_rows<Operands>(scores, q, k_tile);
-    clear(dscores);
+    fill(dscores, gradient.start);
     multiply_rows<Operands>(dscores, dout, v_tile);
     gradient.template apply<true>(p, s, head, band, scores[0], dscores[0], first_k, false);
 #pragma unroll
@@ -108,11 +108,13 @@ __global__ void __launch_bounds__(ScoreGradientShape<T, kDim>::kThreads)
 
   __syncthreads();
   float* const tile = reinterpret_cast<float*>(shared);
+  const float keep_scale = V::kDropout ? p.dropout_scale : 1.0f;
 #pragma unroll
   for (int n = 0; n < kTiles; ++n)
 #pragma unroll
     for (int e = 0; e < 4; ++e)
-      tile[(warp_row + lane / 4 + e / 2 * 8) * Shape::kSumStride + 8 * n + lane % 4 * 2 + e % 2] = sums[n][e];
+      tile[(warp_row + lane / 4 + e / 2 * 8) * Shape::kSumStride + 8 * n + lane % 4 * 2 + e % 2] =
+          sums[n][e] * keep_scale;
   __syncthreads();
 
   if (steps.diagonal) {

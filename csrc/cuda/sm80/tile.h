@@ -21,6 +21,8 @@ struct Tile {
   static constexpr int kBytes = kRows * kRowBytes;
   static constexpr int kPeriod = kRowBytes % 128 == 0 ? 8 : 4;  // chunks that are permuted among themselves
   static constexpr int kElementsPerChunk = 16 / int(sizeof(T));
+  // Where registers allow, what a lane adds to a tile's address is kept, and the address is uniform.
+  static constexpr bool kLanesApart = sizeof(T) == 2;
   static_assert(kRowBytes % 64 == 0, "a row is a whole number of permuted groups");
 
   __device__ __forceinline__ static uint32_t permutation(int row) {
@@ -47,8 +49,9 @@ struct Tile {
 
   // Two right operands {b0, b1} of 8 columns each, from a tile whose rows are the columns of the result.
   // `address` comes from right_address; row is a multiple of 16.
-  __device__ __forceinline__ static void load_right(uint32_t (&b)[4], uint32_t address, int row, int step) {
-    ptx::ldmatrix_x4(b, along_row(address, step) + row * kRowBytes);
+  __device__ __forceinline__ static void load_right(uint32_t (&b)[4], uint32_t tile, uint32_t lane, int row,
+                                                    int step) {
+    ptx::ldmatrix_x4(b, along_row(lane, step) + tile + row * kRowBytes);
   }
   // One left operand: `address` comes from left_address.
   __device__ __forceinline__ static void load_left(Operand& a, uint32_t address, int row, int step) {
@@ -60,16 +63,16 @@ struct Tile {
     if constexpr (sizeof(T) == 2) return left_address(tile, lane);
     return tile + offset(2 * (lane & 3), lane >> 4) + ((lane >> 2) & 3) * 4;
   }
-  __device__ __forceinline__ static void load_transposed(uint32_t (&b)[4], uint32_t address, int step,
-                                                         int pair) {
+  __device__ __forceinline__ static void load_transposed(uint32_t (&b)[4], uint32_t tile, uint32_t address,
+                                                         int step, int pair) {
     if constexpr (sizeof(T) == 2) {
-      ptx::ldmatrix_x4_trans(b, along_row(address, pair) + step * 16 * kRowBytes);
+      ptx::ldmatrix_x4_trans(b, along_row(address, pair) + tile + step * 16 * kRowBytes);
     } else {
       // Row 2t + 1 is permuted like row 2t but for the lowest bit of the chunk (a row holds 8 chunks or more
       // of fp32).
       static_assert(sizeof(T) == 2 || kPeriod == 8);
       for (int half = 0; half < 2; ++half) {
-        const uint32_t even = along_row(address, 2 * pair + half) + step * 8 * kRowBytes;
+        const uint32_t even = along_row(address, 2 * pair + half) + tile + step * 8 * kRowBytes;
         b[2 * half] = ptx::load_shared_32(even);
         b[2 * half + 1] = ptx::load_shared_32((even ^ 16) + kRowBytes);
       }

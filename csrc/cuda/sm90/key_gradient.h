@@ -24,12 +24,12 @@ struct KeyGradientShape {
   static_assert(kDoutsEarly || DoutRing::kStages == QueryRing::kStages);
   using QTile = Tile<T, kBlockQ, kDim>;
   using KTile = Tile<T, kBlockK, kDim>;
+  using Rows = RowTile<kBlockQ>;
   // Offsets in shared memory.
   static constexpr int kOwnBytes = (kValuesNeeded ? 2 : 1) * KTile::kBytes, kValues = KTile::kBytes,
                        kQueries = kOwnBytes, kDouts = kQueries + QueryRing::kStages * QTile::kBytes,
                        kRows = kDouts + DoutRing::kStages * QTile::kBytes,
-                       kRowBytes = kBlockQ * int(sizeof(RowStatistics)),
-                       kBarriers = kRows + QueryRing::kStages * kRowBytes,
+                       kBarriers = kRows + QueryRing::kStages * Rows::kBytes,
                        kSharedBytes = kBarriers + 8 + QueryRing::kBytes + DoutRing::kBytes;
   static_assert(kSharedBytes <= 227 * 1024);
 };
@@ -72,7 +72,7 @@ struct KeyBlock {
     return shared + Shape::kDouts + Shape::DoutRing::stage(n) * Shape::QTile::kBytes;
   }
   __device__ __forceinline__ uint32_t rows(int n) const {
-    return shared + Shape::kRows + Shape::QueryRing::stage(n) * Shape::kRowBytes;
+    return shared + Shape::kRows + Shape::QueryRing::stage(n) * Shape::Rows::kBytes;
   }
 };
 
@@ -96,9 +96,7 @@ __device__ __forceinline__ void produce(const MappedParams& x, const KeyBlock<Sh
     const RowStatistics none{INFINITY, 0.0f};
     const RowStatistics first = i < block.s.len_q ? rows[i] : none,
                         second = i + 1 < block.s.len_q ? rows[i + 1] : none;
-    ptx::store_shared_128(block.rows(step) + lane * 2 * int(sizeof(RowStatistics)),
-                          {__float_as_uint(first.lse2), __float_as_uint(first.delta),
-                           __float_as_uint(second.lse2), __float_as_uint(second.delta)});
+    Shape::Rows::store(block.rows(step), lane, first, second);
     block.queries().arrive(step);
     if constexpr (Shape::kDoutsEarly) block.douts().wait_free(step);
     if (lane == 0)
@@ -112,6 +110,7 @@ struct KeyGradientConsumer {
   using Shape = KeyGradientShape<T, kDim, kDk, kDv>;
   using QTile = typename Shape::QTile;
   using KTile = typename Shape::KTile;
+  using Rows = typename Shape::Rows;
   static constexpr int kQueryTiles = Shape::kBlockQ / 8, kOutTiles = kDim / 8;
 
   const Params& p;
@@ -150,30 +149,28 @@ struct KeyGradientConsumer {
     ptx::named_barrier_sync(kAllConsumers, kConsumers);
   }
 
-  // Scores become weights, and dscores, from the gradient of the weights, that of the scores.
+  // Scores become weights, and dscores, from the gradient of the weights less delta, that of the scores.
   __device__ __forceinline__ void weigh(int n) {
+    const uint32_t rows = Rows::quad(block.rows(n));
+    float lse2[2][2];
 #pragma unroll
     for (int t = 0; t < kQueryTiles; ++t) {
-      const uint4 rows = statistics(n, t);
+      if (t % 2 == 0) Rows::lse2(lse2, rows, t);
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        weights[t][e] =
-            ptx::exp2(fmaf(weights[t][e], p.scale_log2, -__uint_as_float(e % 2 == 0 ? rows.x : rows.z)));
+        weights[t][e] = ptx::exp2(fmaf(weights[t][e], p.scale_log2, -lse2[t % 2][e % 2]));
     }
   }
-  __device__ __forceinline__ void differentiate(int n) {
+  __device__ __forceinline__ void start_dscores(int n) {
+    const uint32_t rows = Rows::quad(block.rows(n));
 #pragma unroll
-    for (int t = 0; t < kQueryTiles; ++t) {
-      const uint4 rows = statistics(n, t);
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        dscores[t][e] = weights[t][e] * (dscores[t][e] - __uint_as_float(e % 2 == 0 ? rows.y : rows.w));
-    }
+    for (int t = 0; t < kQueryTiles; ++t) Rows::minus_delta(dscores[t], rows, t);
   }
-  // (lse2, delta) of this lane's queries of a tile, 8 t + 2 (lane % 4) and the next.
-  __device__ __forceinline__ uint4 statistics(int n, int t) const {
-    const int query = 8 * t + threadIdx.x % 4 * 2;
-    return ptx::load_shared_128(block.rows(n) + query * int(sizeof(RowStatistics)));
+  __device__ __forceinline__ void differentiate() {
+#pragma unroll
+    for (int t = 0; t < kQueryTiles; ++t)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) dscores[t][e] *= weights[t][e];
   }
   __device__ __forceinline__ void mask(int n) {
     int head, first_q;
@@ -203,9 +200,10 @@ struct KeyGradientConsumer {
     if (step > 0) block.queries().release(step - 1);
     block.douts().wait(step);
     if constexpr (kDk) {
+      start_dscores(step);
       ptx::pin(dscores);
       ptx::wgmma_fence();
-      issue_rows<KTile, QTile>(dscores, v, block.dout_tile(step));
+      issue_rows<KTile, QTile>(dscores, v, block.dout_tile(step), true);
       ptx::wgmma_commit();
     }
     ptx::wgmma_wait<kDk ? 1 : 0>();
@@ -217,7 +215,7 @@ struct KeyGradientConsumer {
       ptx::wgmma_wait<0>();
       ptx::pin(dscores);
       if constexpr (Shape::kDoutsEarly) block.douts().release(step);
-      differentiate(step);
+      differentiate();
     }
     if constexpr (kMasked) mask(step);
     if constexpr (kDv) pack<T>(left, weights);
@@ -291,7 +289,7 @@ __global__ void __launch_bounds__(kThreads, 1) key_gradient(const __grid_constan
                       (p.key_mask == nullptr || p.key_mask[block.s.batch * p.key_mask_stride_b + j] != 0);
     }
   }
-  block.set_walk(__syncthreads_and(visible[0] && visible[1]));
+  block.set_walk(ptx::uniform(__syncthreads_and(visible[0] && visible[1])));
 
   if (threadIdx.x >= kConsumers) {
     ptx::release_registers<24>();

@@ -68,13 +68,6 @@ __device__ __forceinline__ void tensor_load_4d(uint32_t shared, const void* map,
       : "memory");
 }
 
-// Data Movement: st.shared.
-__device__ __forceinline__ void store_shared_128(uint32_t shared, uint4 v) {
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(v.x), "r"(v.y), "r"(v.z),
-               "r"(v.w)
-               : "memory");
-}
-
 // Miscellaneous: setmaxnreg. A warpgroup gives registers back, or takes more.
 template <int kRegisters>
 __device__ __forceinline__ void release_registers() {

@@ -41,7 +41,7 @@ struct QueryGradientConsumer {
   QueryBlock<Shape> block;
   const uint64_t q, dout;  // descriptors of its 64 rows
   const int row;           // this lane's first query
-  float lse2[2], delta[2];
+  float lse2[2], minus_delta[2];
   float scores[kKeyTiles][4], dscores[kKeyTiles][4], dq[1][kOutTiles][4];
   Operand factors[kKeyTiles / 2];
 
@@ -57,7 +57,7 @@ struct QueryGradientConsumer {
       const int i = row + 8 * half;
       const RowStatistics r =
           i < block.s.len_q ? row_statistics(p, block.s, block.head)[i] : RowStatistics{INFINITY, 0.0f};
-      lse2[half] = r.lse2, delta[half] = r.delta;
+      lse2[half] = r.lse2, minus_delta[half] = r.minus_delta;
     }
   }
 
@@ -102,7 +102,7 @@ struct QueryGradientConsumer {
 #pragma unroll
     for (int n = 0; n < kKeyTiles; ++n)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) dscores[n][e] = scores[n][e] * (dscores[n][e] - delta[e / 2]);
+      for (int e = 0; e < 4; ++e) dscores[n][e] = scores[n][e] * (dscores[n][e] + minus_delta[e / 2]);
   }
   __device__ __forceinline__ void mask(int step) {
     mask_tile(dscores, p, block.s, block.band, row, block.walk.at(step) * Shape::kBlockK, 0.0f);

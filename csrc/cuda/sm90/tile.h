@@ -48,15 +48,17 @@ struct Tile {
   __device__ __forceinline__ static uint64_t encoded(uint32_t tile) { return (tile & 0x3ffff) >> 4; }
 };
 
-// acc = left * tile^T over all columns, for the warpgroup's 64 rows of the left tile. Issued, not waited for.
+// acc = left * tile^T over all columns, for the warpgroup's 64 rows of the left tile, or that added to acc.
+// Issued, not waited for.
 template <typename LeftTile, typename RightTile, int kTiles>
-__device__ __forceinline__ void issue_rows(float (&acc)[kTiles][4], uint64_t left, uint32_t tile) {
+__device__ __forceinline__ void issue_rows(float (&acc)[kTiles][4], uint64_t left, uint32_t tile,
+                                           bool add = false) {
   static_assert(kTiles * 8 == RightTile::kRows && LeftTile::kCols == RightTile::kCols);
   const uint64_t right = RightTile::rows_descriptor(tile);
 #pragma unroll
   for (int step = 0; step < LeftTile::kCols / 16; ++step)
     ptx::Wgmma<typename RightTile::T, kTiles>::rows(acc, left + LeftTile::rows_step(step),
-                                                    right + RightTile::rows_step(step), step > 0);
+                                                    right + RightTile::rows_step(step), add || step > 0);
 }
 
 // acc += weights * tile. Issued, not waited for.

@@ -113,6 +113,8 @@ BREADTH = {
     "key mask, keys only": {"lengths": ((33, 100),) * 2, "mask": 0.5, "group": 2, "wanted": ("k",)},
     "every key masked": {"lengths": ((10, 20),), "mask": 1.0},
     "causal, several tiles": {"lengths": ((140, 150),), "options": {"causal": True}},
+    "grouped heads, several unmasked tiles": {"lengths": ((140, 130),), "group": 2, "alibi": "heads"},
+    "grouped heads, several unmasked tiles, dropout": {"lengths": ((140, 130),), "group": 2, "options": DRAW},
     "no keys, values only": {"lengths": ((20, 0),), "wanted": ("v",)},
     "everything, packed": {
         "lengths": ((33, 70), (0, 3), (50, 20)), "packed": True, "group": 2, "layout": "transposed",

@@ -35,6 +35,7 @@ PLAIN = {
         "head_dim_v": 24,
         "use_lse": True,
     },
+    "grouped heads, several unmasked tiles": {"lengths": ((140, 130),), "group": 3},
     "unaligned": {"lengths": ((20, 40),), "head_dim": 33, "head_dim_v": 17, "layout": "sliced"},
     "values only": {"lengths": ((20, 40),), "wanted": ("v",)},
     "queries only": {"lengths": ((20, 40),), "wanted": ("q",)},

@@ -19,7 +19,10 @@ FAULTS = {
     "one group more in flight": Fault(r"(cp\.async\.wait_group) 0;", r"\1 1;"),
     "two groups in flight": Fault(r"(cp\.async\.wait_group) 1;", r"\1 2;"),
     "rows outside read": Fault(r"(cp\.async\.c[ag]\.shared\.global [^;]*), ignore;", r"\1;", every=4),
-    "rows outside written": Fault(r"@!?%p\d+ bra[^;]*;" + STRAIGHT + r"ld\.shared\.v4)"),
+    # What leads to a product is whether dk is wanted.
+    "rows outside written": Fault(
+        r"@!?%p\d+ bra[^;]*;" + STRAIGHT.replace("(?=", "(?!") + r"mma\.sync)" + STRAIGHT + r"ld\.shared\.v4)"
+    ),
     "columns outside written": Fault(r"@!?%p\d+ bra[^;]*;" + STRAIGHT + r"st\.global\.\w+[ \t]+\[%rd\d+\])"),
     "fragments swapped": Fault(
         r"(mma\.sync[^{]*\{[^}]*\}, \{)(%r\d+), (%r\d+)(, %r\d+, %r\d+\})", r"\1\3, \2\4", every=32
@@ -60,7 +63,7 @@ SUMMED = Run(
         wanted=("bias",),
     )
 )
-# In the loops over unmasked tiles nothing is outside: a tail is a masked tile.
+# In the loops over unmasked tiles no row is outside, and columns meet zeros of the other operand.
 NO_TAIL = "rows outside read"
 KERNELS = {
     "forward": Kernel("8fastattn7forward", FORWARD, missed={

@@ -33,73 +33,73 @@ HOPPER_BACKWARD = (
     "key_gradient_kernel<{type}, {dim}, true, false>(), key_gradient_kernel<{type}, {dim}, false, true>()",
 )
 # What a warp multiplies in a step: (matmuls, rows, columns, head_dim) of the tiles in tile_sizes.h, and the
-# most issue slots per tensor cycle: for plain forward at 64 and 128 what FlashAttention-2's binaries need.
+# most issue slots per tensor cycle: for plain at 64 and 128 fewer than FlashAttention-2's binaries need.
 CASES = {
     "Half 32 0": {
-        "forward": (2, 32, 64, 32, 0.87),
-        "key_gradient": (4, 16, 64, 32, 0.79),
-        "query_gradient": (3, 16, 64, 32, 0.69),
+        "forward": (2, 32, 64, 32, 0.83),
+        "key_gradient": (4, 16, 64, 32, 0.58),
+        "query_gradient": (3, 16, 64, 32, 0.56),
     },
     "Half 64 0": {
-        "forward": (2, 32, 64, 64, 0.55),
-        "key_gradient": (4, 16, 64, 64, 0.51),
-        "query_gradient": (3, 16, 64, 64, 0.46),
+        "forward": (2, 32, 64, 64, 0.51),
+        "key_gradient": (4, 16, 64, 64, 0.39),
+        "query_gradient": (3, 16, 64, 64, 0.38),
     },
     "Half 96 0": {
-        "forward": (2, 16, 64, 96, 0.47),
-        "key_gradient": (4, 16, 32, 96, 0.52),
-        "query_gradient": (3, 16, 32, 96, 0.44),
+        "forward": (2, 16, 64, 96, 0.44),
+        "key_gradient": (4, 16, 32, 96, 0.38),
+        "query_gradient": (3, 16, 32, 96, 0.34),
     },
     "Half 128 0": {
-        "forward": (2, 16, 64, 128, 0.43),
-        "key_gradient": (4, 16, 32, 128, 0.44),
-        "query_gradient": (3, 16, 32, 128, 0.36),
+        "forward": (2, 16, 64, 128, 0.38),
+        "key_gradient": (4, 16, 32, 128, 0.33),
+        "query_gradient": (3, 16, 32, 128, 0.30),
     },
     "Half 256 0": {
-        "forward": (2, 16, 32, 256, 0.38),
-        "key_gradient dk": (3, 16, 16, 256, 0.49),
-        "key_gradient dv": (2, 16, 16, 256, 0.55),
-        "query_gradient": (3, 16, 16, 256, 0.37),
+        "forward": (2, 16, 32, 256, 0.34),
+        "key_gradient dk": (3, 16, 16, 256, 0.37),
+        "key_gradient dv": (2, 16, 16, 256, 0.40),
+        "query_gradient": (3, 16, 16, 256, 0.32),
     },
     "Half 64 16": {
-        "forward": (2, 16, 64, 64, 1.41),
-        "key_gradient": (4, 16, 64, 64, 0.86),
-        "query_gradient": (3, 16, 64, 64, 1.04),
+        "forward": (2, 16, 64, 64, 1.36),
+        "key_gradient": (4, 16, 64, 64, 0.63),
+        "query_gradient": (3, 16, 64, 64, 0.91),
     },
     "Half 128 16": {
-        "forward": (2, 16, 64, 128, 0.82),
-        "key_gradient": (4, 16, 32, 128, 0.67),
-        "query_gradient": (3, 16, 32, 128, 0.88),
+        "forward": (2, 16, 64, 128, 0.78),
+        "key_gradient": (4, 16, 32, 128, 0.50),
+        "query_gradient": (3, 16, 32, 128, 0.79),
     },
     "Half 64 1": {
-        "forward": (2, 16, 64, 64, 1.06),
-        "key_gradient": (4, 16, 64, 64, 0.78),
-        "query_gradient": (3, 16, 64, 64, 0.8),
+        "forward": (2, 16, 64, 64, 1.00),
+        "key_gradient": (4, 16, 64, 64, 0.64),
+        "query_gradient": (3, 16, 64, 64, 0.72),
     },
     "Half 128 1": {
-        "forward": (2, 16, 64, 128, 0.64),
-        "key_gradient": (4, 16, 32, 128, 0.57),
-        "query_gradient": (3, 16, 32, 128, 0.53),
+        "forward": (2, 16, 64, 128, 0.60),
+        "key_gradient": (4, 16, 32, 128, 0.46),
+        "query_gradient": (3, 16, 32, 128, 0.47),
     },
 }
 # What a warpgroup multiplies in a step, (columns, summed) of each product; the most issue slots per tensor
 # cycle.
 HOPPER_CASES = {
     "sm_90a Half 64": {
-        "forward": (((128, 64), (64, 128)), 0.77),
-        "key_gradient": (((64, 64),) * 4, 0.70),
+        "forward": (((128, 64), (64, 128)), 0.75),
+        "key_gradient": (((64, 64),) * 4, 0.49),
         "query_gradient": (((128, 64), (128, 64), (64, 128)), 0.51),
     },
     "sm_90a Half 128": {
         "forward": (((128, 128), (128, 128)), 0.39),
-        "key_gradient": (((64, 128), (64, 128), (128, 64), (128, 64)), 0.44),
+        "key_gradient": (((64, 128), (64, 128), (128, 64), (128, 64)), 0.28),
         "query_gradient": (((64, 128), (64, 128), (128, 64)), 0.35),
     },
     "sm_90a Half 256": {
         "forward": (((64, 256), (256, 64)), 0.28),
-        "key_gradient dk": (((64, 256), (64, 256), (256, 64)), 0.36),
-        "key_gradient dv": (((64, 256), (256, 64)), 0.33),
-        "query_gradient": (((64, 256), (64, 256), (256, 64)), 0.27),
+        "key_gradient dk": (((64, 256), (64, 256), (256, 64)), 0.26),
+        "key_gradient dv": (((64, 256), (256, 64)), 0.22),
+        "query_gradient": (((64, 256), (64, 256), (256, 64)), 0.25),
     },
     "sm_90a BFloat16 128": {"forward": (((128, 128), (128, 128)), 0.39)},
 }
@@ -243,8 +243,7 @@ def test_machine_code(tmp_path, instance):
         assert loop["matrix_instructions"] == matmuls * (rows // 16) * (columns // 8) * (dim // 16)
         assert all(kind.startswith("HMMA.16816.F32") for kind in loop["matrix_kinds"])
         assert loop["spills"] == 0
-        if not instance.endswith(" 1"):  # dk and dv with softcap spill, outside of their loops
-            assert found[kernel]["spilled_bytes"] == 0, kernel
+        assert found[kernel]["spilled_bytes"] == 0, kernel
         slots = loop["instructions"] - found[kernel].get("jumped_over", 0)
         assert slots / loop["tensor_cycles"] <= most, kernel
 

@@ -5,9 +5,11 @@
 Each line is one of a patched model's settings, and how many times as fast as with none of them a step
 (forward and backward) is, by the clock and (in brackets) by the process's CPU time:
 
-    bias    frozen.Linear: the bias inside the product     head only, as no gradient passes there
-    both    the same and hf.intermediate: GELU as well     head only
-    lora    frozen.lora: x·W + b + s·(x·A)·B
+    gelu      hf.intermediate: bias and GELU inside the product     head only, as no gradient passes there
+    bias      frozen.Linear, bf16: the bias inside other products   head only
+    lora      frozen.lora: x·W + b + s·(x·A)·B
+    products  frozen.product, fp32: the project's kernel for all products with frozen weights, forward and
+              backward, also on processors where torch's is taken
 
 Adapters are fp32, r = 8 on query and value. The batch is padded to its longest text.
 """
@@ -25,24 +27,28 @@ from torch import nn
 import fastattn
 from fastattn.frozen import Linear
 from fastattn.frozen import lora as frozen_lora
+from fastattn.frozen import product as frozen_product
 from fastattn.hf.intermediate import BertIntermediate
 
 LENGTHS = (512, 300, 200, 150, 120, 100, 90, 80)  # as random batches of 20 newsgroups: 62% padding
-SWITCHES = {
-    "bias": (Linear, "is_fused", lambda *_: False),
-    "gelu": (BertIntermediate, "_is_fused", lambda *_: False),
-    "lora": (frozen_lora.Linear, "_plain_adapter", lambda *_: None),
+_is_fused = Linear.is_fused
+SWITCHES = {  # on, off
+    "gelu": (BertIntermediate, "_is_fused", BertIntermediate._is_fused, lambda *_: False),
+    "bias": (Linear, "is_fused", _is_fused, lambda self, x, gelu=False: gelu and _is_fused(self, x, gelu)),
+    "lora": (frozen_lora.Linear, "_plain_adapter", frozen_lora.Linear._plain_adapter, lambda *_: None),
+    "products": (frozen_product, "beats_torch", lambda: True, lambda: False),
 }
 SETTINGS = {
-    "head": {"none": (), "bias": ("bias",), "both": ("bias", "gelu")},
-    "lora": {"none": (), "lora": ("lora",)},
+    ("head", "float32"): {"none": (), "gelu": ("gelu",), "gelu, products": ("gelu", "bias", "products")},
+    ("head", "bfloat16"): {"none": (), "gelu": ("gelu",), "gelu, bias": ("gelu", "bias")},
+    ("lora", "float32"): {"none": (), "lora": ("lora",), "lora, products": ("lora", "bias", "products")},
+    ("lora", "bfloat16"): {"none": (), "lora": ("lora",)},
 }
-_ways = {name: getattr(cls, method) for name, (cls, method, _) in SWITCHES.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--train", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--train", nargs="+", choices=["head", "lora"], default=["head", "lora"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--hidden", type=int, nargs="+", default=[384], help="384: MiniLM; 768: BERT-base")
     parser.add_argument("--layers", type=int, default=6)
@@ -70,7 +76,7 @@ def main() -> None:
                 fastattn.patch(model, padding_free=not arguments.padded and "auto")
                 for texts in arguments.texts:
                     inputs = seeded_bert.batch((LENGTHS * texts)[:texts])
-                    medians = measure(model, inputs, SETTINGS[train], arguments.rounds)
+                    medians = measure(model, inputs, SETTINGS[train, dtype], arguments.rounds)
                     clock, cpu = medians.pop("none")
                     ratios = "  ".join(
                         f"{n} {clock / c:.2f} ({cpu / p:.2f})" for n, (c, p) in medians.items()
@@ -85,8 +91,8 @@ def measure(model: nn.Module, inputs: dict, settings: dict, rounds: int) -> dict
     """Median seconds of a step, by the clock and of CPU time."""
 
     def switched(on: tuple[str, ...]) -> None:
-        for name, (cls, method, off) in SWITCHES.items():
-            setattr(cls, method, _ways[name] if name in on else off)
+        for name, (owner, attribute, way, no_way) in SWITCHES.items():
+            setattr(owner, attribute, way if name in on else no_way)
         seeded_bert.step(model, inputs)
 
     steps = {setting: functools.partial(switched, on) for setting, on in settings.items()}

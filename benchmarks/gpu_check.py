@@ -45,7 +45,7 @@ def build_cuda() -> None:
     except MissingDependencyError as error:
         print(f"gpu-check: without the cuda backend: {error}")
         return
-    _run([sys.executable, "-m", "fastattn.cli", "build-cuda"])
+    _run([sys.executable, "-m", "fastattn", "build-cuda"])
 
 
 def available() -> dict[str, str]:
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     lines += ["", "## Correctness", "", *tests]
     names = [name for name, reason in backends.items() if not reason]
     if names:  # one process for all of them: only times from interleaved rounds are compared
-        command = [sys.executable, "-m", "fastattn.cli", "bench", "--backend", names[0], *BENCH]
+        command = [sys.executable, "-m", "fastattn", "bench", "--backend", names[0], *BENCH]
         command += ["--against", *names[1:], *PEERS, "--parts", "grid", "features", "--out", out / "bench"]
         status = _run(command)
         failed |= status != 0

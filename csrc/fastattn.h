@@ -210,6 +210,26 @@ typedef struct {
   int64_t sin_stride_n;
 } fastattn_rotary;
 
+/* A linear layer in fp32: out = f(x w^T + bias), f the identity or GELU (by erf), with w as the layer keeps
+ * it, (out_features, in_features), and x (rows, in_features). transposed: out = f(x w + bias), for w of
+ * (in_features, out_features): what takes the gradient of a layer's output to that of its input. */
+typedef struct {
+  uint32_t struct_size;
+  int32_t transposed; /* 0 or 1 */
+  int32_t gelu;       /* 0 or 1 */
+  int32_t reserved0;  /* 0 */
+  int64_t rows;
+  int64_t in_features;  /* positive */
+  int64_t out_features; /* a positive multiple of 16 */
+  const float* x;       /* (rows, in_features); in all three the last dimension is contiguous */
+  int64_t stride_x;
+  const float* weight;
+  int64_t stride_weight;
+  const float* bias; /* (out_features), or NULL */
+  float* out;        /* (rows, out_features) */
+  int64_t stride_out;
+} fastattn_linear;
+
 FASTATTN_API int32_t fastattn_abi_version(void);
 
 /* What the last call that failed on this thread found wrong: one English sentence, never NULL. */
@@ -236,6 +256,9 @@ FASTATTN_API fastattn_status fastattn_cpu_hidden_dropout(const fastattn_hidden_d
                                                          const fastattn_executor* executor);
 
 FASTATTN_API fastattn_status fastattn_cpu_rotary(const fastattn_rotary* io,
+                                                 const fastattn_executor* executor);
+
+FASTATTN_API fastattn_status fastattn_cpu_linear(const fastattn_linear* io,
                                                  const fastattn_executor* executor);
 
 /* keep[b][h][i][j] = 1 where dropout keeps, for tests and for the reference: (batch, num_heads,

@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 
+from fastattn import __version__
 from fastattn.errors import FastattnError
 
 __all__ = ["main"]
@@ -39,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="fastattn", description="Fused attention for fine-tuning frozen models."
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     asked_for = next((argument for argument in argv if not argument.startswith("-")), None)
     module = asked_parser = None
@@ -73,7 +75,3 @@ def _fail(arguments: argparse.Namespace, error: BaseException, message: str, cod
         traceback.print_exception(error)
     print(f"fastattn {arguments.command}: {message}", file=sys.stderr)
     return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

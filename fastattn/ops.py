@@ -1,4 +1,5 @@
-"""torch.library's fastattn::forward, backward and hidden_dropout, and the way past them; rotary.py adds one.
+"""torch.library's fastattn::forward, backward and hidden_dropout, and the way past them; rotary.py and
+frozen/product.py add one each.
 
 A call through the dispatcher passes its layers from the top: autocast casts q, k and v; autograd records what
 backward needs, and nothing when no gradient is wanted; the kernel layer describes the problem, allocates the

@@ -222,6 +222,29 @@ fastattn_status rotary(const fastattn_rotary* io, const fastattn_executor* execu
   return FASTATTN_OK;
 }
 
+// Blocks as large as leave every thread several of them, and of one shape as near as may be: a block packs
+// its part of the weight anew.
+fastattn_status linear(const fastattn_linear* io, const fastattn_executor* executor) {
+  fastattn_status status = validate_linear(io);
+  if (status == FASTATTN_OK) status = validate_executor(executor);
+  if (status != FASTATTN_OK || io->rows == 0) return status;
+  const Kernels* kernels = select_kernels(&status);
+  if (kernels == nullptr) return status;
+  const int64_t threads = executor == nullptr ? 1 : executor->num_threads;
+  const int64_t across = ceil_div(io->out_features, kLinearColumns);
+  const int64_t down = std::min(std::max(ceil_div(io->rows, kLinearRows), ceil_div(4 * threads, across)),
+                                ceil_div(io->rows, kFewestLinearRows));
+  Work work = {};
+  work.linear = io;
+  work.block_rows = ceil_div(io->rows, down);
+  work.block_columns = ceil_div(ceil_div(io->out_features, across), 64) * 64;
+  work.unit_count = ceil_div(io->rows, work.block_rows) * ceil_div(io->out_features, work.block_columns);
+  work.grain = 1;
+  run_on_threads(executor, kernels->linear, &work);
+  if (work.out_of_memory != 0) return fail(FASTATTN_OUT_OF_MEMORY, "no memory for a packed weight.");
+  return FASTATTN_OK;
+}
+
 }  // namespace
 }  // namespace fastattn
 
@@ -246,6 +269,10 @@ extern "C" fastattn_status fastattn_cpu_hidden_dropout(const fastattn_hidden_dro
 
 extern "C" fastattn_status fastattn_cpu_rotary(const fastattn_rotary* io, const fastattn_executor* executor) {
   return fastattn::rotary(io, executor);
+}
+
+extern "C" fastattn_status fastattn_cpu_linear(const fastattn_linear* io, const fastattn_executor* executor) {
+  return fastattn::linear(io, executor);
 }
 
 extern "C" fastattn_status fastattn_cpu_dropout_mask(uint64_t seed, float dropout_p, int64_t batch,

@@ -16,6 +16,7 @@ fastattn_status validate_forward(const fastattn_problem* p, const fastattn_forwa
 fastattn_status validate_backward(const fastattn_problem* p, const fastattn_backward_io* io);
 fastattn_status validate_hidden_dropout(const fastattn_hidden_dropout* io);
 fastattn_status validate_rotary(const fastattn_rotary* io);
+fastattn_status validate_linear(const fastattn_linear* io);
 fastattn_status validate_executor(const fastattn_executor* e);
 fastattn_status validate_dropout_p(float p);
 fastattn_status validate_dropout_mask(float p, int64_t batch, int64_t num_heads, int64_t seqlen_q,

@@ -8,6 +8,7 @@
 #include "decode.h"
 #include "forward.h"
 #include "hidden_dropout.h"
+#include "linear.h"
 #include "phases.h"
 #include "rotary.h"
 
@@ -65,6 +66,7 @@ const Kernels kernels = {FASTATTN_ISA_NAME,
                          FASTATTN_BF16_PRODUCTS(RelativePass),
                          {nullptr, nullptr, nullptr},
                          {nullptr, nullptr, nullptr},
+                         nullptr,
                          nullptr};
 
 #else
@@ -82,6 +84,7 @@ const Kernels kernels = {FASTATTN_ISA_NAME,
                          FASTATTN_BY_DTYPE(RelativePass),
                          {hidden_dropout<F32>, hidden_dropout<F16>, hidden_dropout<BF16>},
                          {rotary<F32>, rotary<F16>, rotary<BF16>},
+                         linear,
                          dropout_mask_row};
 
 #endif

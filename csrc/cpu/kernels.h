@@ -36,11 +36,17 @@ struct Work {
   int64_t unit_dq_sums;
   const fastattn_hidden_dropout* hidden_dropout;  // the job of that kernel: its units are blocks of rows
   const fastattn_rotary* rotary;                  // likewise: blocks of positions
+  const fastattn_linear* linear;                  // likewise: blocks of rows by blocks of columns
+  int64_t block_rows, block_columns;              // of those
   // Key passes that sum the diagonals of a relative bias on the way: per kv head the entry (by its slot) that
   // may add its sums next, and the most keys that an entry has.
   int32_t* diagonal_turns;
   int64_t diagonal_keys;
 };
+
+// A linear layer's units: at most so many rows and columns, and so many features of x at a time, that what is
+// read of x and of the packed weight sits in L2.
+constexpr int64_t kLinearRows = 768, kLinearColumns = 256, kLinearDepth = 384, kFewestLinearRows = 96;
 
 typedef void (*Worker)(Work* work);
 
@@ -56,6 +62,7 @@ struct Kernels {
   Worker backward_relative[kDtypes];
   Worker hidden_dropout[3];
   Worker rotary[3];
+  Worker linear;
   void (*dropout_mask)(uint64_t seed, float p, int64_t b, int64_t h, int64_t i, int64_t nk, uint8_t* keep);
 };
 

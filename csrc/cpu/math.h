@@ -1,4 +1,4 @@
-// Elementary functions on vectors: exp, log and tanh, each as a polynomial on a reduced argument.
+// Elementary functions on vectors: exp, log, tanh and GELU, each by a polynomial on a reduced argument.
 #ifndef FASTATTN_CPU_MATH_H
 #define FASTATTN_CPU_MATH_H
 
@@ -19,13 +19,7 @@ constexpr float kInf = __builtin_inff();
 // where it is small.
 FASTATTN_ALWAYS vf exp_nonpositive(vf x) {
   const vf magic = splat(12582912.0f + 127.0f);
-#if defined(__AVX512F__) && FASTATTN_VECTOR_BYTES == 64
-  x = (vf)_mm512_min_ps(_mm512_setzero_ps(), (__m512)x);
-#elif defined(__AVX2__) && FASTATTN_VECTOR_BYTES == 32
-  x = (vf)_mm256_min_ps(_mm256_setzero_ps(), (__m256)x);
-#else
-  x = x > 0.0f ? vf{} : x;
-#endif
+  x = vmin(vf{}, x);
   x = vmax(splat(-127.0f * kLn2), x);
   const vf t = x * kLog2e + magic;
   const vf f = x - (t - magic) * kLn2;
@@ -66,6 +60,25 @@ FASTATTN_ALWAYS vf tanh(vf x) {
   const vf large = (1.0f - e) / (1.0f + e);
   const vf with_sign = as_float(as_int(large) | (as_int(x) & INT32_MIN));
   return magnitude < 0.625f ? small : with_sign;
+}
+
+// x Phi(x), by the normal distribution's integral: Phi(x) = 1/2 + x p(x^2) up to |x| = 5.2, where it is 1 or
+// 0 to 1e-7. A minimax polynomial without division; its argument runs from -1 to 1, so its terms stay small.
+FASTATTN_ALWAYS vf gelu(vf x) {
+  constexpr float kEnd = 5.2f;
+  const vf inside = vmin(splat(kEnd), vmax(splat(-kEnd), x));
+  const vf w = inside * inside * (2.0f / (kEnd * kEnd)) - 1.0f;
+  constexpr float kCoefficients[] = {1.66073243e-04f, -5.31208545e-04f, 7.06516558e-04f, -1.06626119e-03f,
+                                     2.54393527e-03f, -4.97319013e-03f, 8.07423859e-03f, -1.24012241e-02f,
+                                     1.81166964e-02f, -2.47518143e-02f, 3.19644251e-02f, -3.99265861e-02f,
+                                     5.00260202e-02f, -6.77437717e-02f, 1.35949979e-01f};
+  vf p = splat(kCoefficients[0]);
+#pragma GCC unroll 16
+  for (int i = 1; i < 15; ++i) p = p * w + splat(kCoefficients[i]);
+  vf phi = inside * p + 0.5f;
+  phi = x < -kEnd ? vf{} : phi;
+  phi = x > kEnd ? splat(1.0f) : phi;
+  return x * phi;
 }
 
 }  // namespace fastattn::FASTATTN_ISA_NS

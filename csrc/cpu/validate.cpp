@@ -312,6 +312,30 @@ fastattn_status validate_rotary(const fastattn_rotary* io) {
                     io->rotary_dim);
 }
 
+fastattn_status validate_linear(const fastattn_linear* io) {
+  REQUIRE(io != nullptr, "io is a null pointer.");
+  REQUIRE(io->struct_size == sizeof(*io), "io.struct_size is %u; this library's io has %zu bytes.",
+          io->struct_size, sizeof(*io));
+  REQUIRE(io->transposed == 0 || io->transposed == 1, "transposed is %d; it must be 0 or 1.", io->transposed);
+  REQUIRE(io->gelu == 0 || io->gelu == 1, "gelu is %d; it must be 0 or 1.", io->gelu);
+  REQUIRE(io->reserved0 == 0, "io.reserved0 is %d; it must be 0.", io->reserved0);
+  for (const auto& [name, size] : {std::pair{"rows", io->rows}, std::pair{"in_features", io->in_features},
+                                   std::pair{"out_features", io->out_features}})
+    REQUIRE(size >= 0 && size < kMostRows, "%s is %lld; it must be in 0..2^31-1.", name, (long long)size);
+  REQUIRE(io->in_features >= 1, "in_features is 0; it must be positive.");
+  REQUIRE(io->out_features >= 16 && io->out_features % 16 == 0,
+          "out_features is %lld; it must be a positive multiple of 16.", (long long)io->out_features);
+  if (io->rows == 0) return FASTATTN_OK;
+  REQUIRE(io->x != nullptr && io->weight != nullptr && io->out != nullptr,
+          "x, weight or out is a null pointer.");
+  CHECK(check_span("x", {{"n", io->rows, io->stride_x}}, io->in_features));
+  const int64_t weight_rows = io->transposed != 0 ? io->in_features : io->out_features;
+  const int64_t weight_columns = io->transposed != 0 ? io->out_features : io->in_features;
+  CHECK(check_span("weight", {{"n", weight_rows, io->stride_weight}}, weight_columns));
+  Outputs outputs;
+  return outputs.add("out", io->out, 4, {{"n", io->rows, io->stride_out}}, io->out_features);
+}
+
 fastattn_status validate_executor(const fastattn_executor* e) {
   REQUIRE(e == nullptr || e->num_threads >= 1, "executor.num_threads is %d; it must be positive.",
           e->num_threads);

@@ -76,6 +76,16 @@ FASTATTN_ALWAYS vf vmax(vf a, vf b) {
 #endif
 }
 
+FASTATTN_ALWAYS vf vmin(vf a, vf b) {  // likewise
+#if defined(__AVX512F__) && FASTATTN_VECTOR_BYTES == 64
+  return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__) && FASTATTN_VECTOR_BYTES == 32
+  return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
 // Reductions fold the vector in halves, in the same order on every instruction set of the same width.
 template <class Fold>
 FASTATTN_ALWAYS float reduce(vf v, Fold fold) {

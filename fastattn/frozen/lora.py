@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..log import log_once
-from . import linear
+from . import linear, product
 from .classes import replace_classes, restore_classes
 from .recompute import is_watched
 
@@ -76,7 +76,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx, x, dropped, weight, bias, a, b, scaling) -> Tensor:
         rows = dropped.reshape(-1, dropped.shape[-1])
         low = rows @ a.to(x.dtype).t()
-        out = nn.functional.linear(x.reshape(rows.shape), weight, bias)
+        out = _times(x.reshape(rows.shape), weight, bias)
         out.addmm_(low, (b * scaling).to(x.dtype).t())
         _, _, _, _, needs_a, needs_b, _ = ctx.needs_input_grad
         ctx.save_for_backward(rows if needs_a else None, low if needs_b else None, weight, a, b)
@@ -94,12 +94,19 @@ class _Product(torch.autograd.Function):
         d_b = (grad.t() @ low).to(b.dtype) * ctx.scaling if needs_b else None
         dx = d_dropped = None
         if needs_x:
-            dx, a = (grad @ weight).view(ctx.shape), a.to(grad.dtype)
+            dx, a = _times(grad, weight, transposed=True).view(ctx.shape), a.to(grad.dtype)
             if ctx.drops:
                 d_dropped = (d_low @ a).view(ctx.shape)
             else:
                 dx.view(-1, dx.shape[-1]).addmm_(d_low, a)
         return dx, d_dropped, None, None, d_a, d_b, None
+
+
+def _times(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False) -> Tensor:
+    """x·Wᵀ + b, or x·W; `_plain_adapter` has seen to it that all are plain tensors."""
+    if x.dtype == torch.float32 and linear.in_float32(x, weight, transposed=transposed):
+        return product.product(x, weight, bias, transposed=transposed)
+    return x @ weight if transposed else nn.functional.linear(x, weight, bias)
 
 
 def replace_loras(model: nn.Module) -> None:

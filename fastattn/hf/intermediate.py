@@ -4,7 +4,6 @@ trained in it or below it. One class for each of transformers', so that patched 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.activations import GELUActivation
@@ -20,13 +19,13 @@ class _Fused:
     """Goes before the transformers class whose place it takes."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or not self._is_fused(hidden_states):
+        if not self._is_fused(hidden_states):
             return super().forward(hidden_states)
-        return self.dense.product(hidden_states, "gelu", "none")
+        return self.dense.product(hidden_states, gelu=True)
 
     def _is_fused(self, x: Tensor) -> bool:
         dense, activation = self.dense, self.intermediate_act_fn
-        if type(dense) is not Linear or not dense.is_fused(x):
+        if type(dense) is not Linear or not dense.is_fused(x, gelu=True):
             return False
         if type(activation) is not GELUActivation or activation.act is not nn.functional.gelu:
             return False

@@ -115,7 +115,7 @@ def test_cuda_is_built_where_it_can_be(check, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(check, "CUDA_LIBRARY", tmp_path / "library")
     monkeypatch.setattr(check, "find_nvcc", lambda: Path("nvcc"))
     check.build_cuda()
-    assert commands == [[sys.executable, "-m", "fastattn.cli", "build-cuda"]]
+    assert commands == [[sys.executable, "-m", "fastattn", "build-cuda"]]
 
     def absent():
         raise check.MissingDependencyError("nvcc", "cuda-build")
@@ -151,7 +151,7 @@ def test_torch_by_one_of_its_kernels_computes_the_same():
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_bench_of_triton_interpreted(tmp_path):
     """The whole command with the backend that a GPU would run."""
-    command = [sys.executable, "-m", "fastattn.cli", "bench", "--backend", "triton", "--dtype", "float16"]
+    command = [sys.executable, "-m", "fastattn", "bench", "--backend", "triton", "--dtype", "float16"]
     command += ["--shape", "1,1,20,16", "--mask", "causal", "--seconds", "0", "--against", "sdpa", "--out"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True)

@@ -53,7 +53,7 @@ def test_ctrl_c_then_resume_equals_the_uninterrupted_run(tmp_path, tiny_model, t
 
     interrupted, whole = tmp_path / "interrupted", tmp_path / "whole"
     process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "fastattn.cli", *options(interrupted)],
+        [sys.executable, "-u", "-m", "fastattn", *options(interrupted)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

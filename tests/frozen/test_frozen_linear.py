@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastattn.frozen import Linear, linear, replace_linears, restore_linears
+from fastattn.frozen import Linear, linear, product, replace_linears, restore_linears
 
 # AMX is what makes it fast; any CPU that oneDNN has bf16 for computes it.
 pytestmark = pytest.mark.skipif(
@@ -19,23 +19,26 @@ ROWS = 37
 
 @pytest.fixture(autouse=True)
 def used(monkeypatch):
-    """Small products are fused on every machine; the list grows with each."""
-    calls, product = [], Linear.product
-    monkeypatch.setattr(linear, "gains", lambda: True)
+    """Small products are fused on every machine, in fp32 with GELU alone; the list grows with each."""
+    calls, way = [], Linear.product
+    monkeypatch.setattr(linear, "bf16_gains", lambda: True)
     monkeypatch.setattr(linear, "FEWEST_ROWS", 1)
-    monkeypatch.setattr(Linear, "product", lambda *args: calls.append(args[2:]) or product(*args))
+    monkeypatch.setattr(product, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(product, "serves", lambda: True)
+    monkeypatch.setattr(product, "beats_torch", lambda: False)
+    monkeypatch.setattr(Linear, "product", lambda *args, **named: calls.append(named) or way(*args, **named))
     return calls
 
 
 def layer(dtype=torch.bfloat16, bias=True) -> nn.Linear:
     torch.manual_seed(0)
-    module = nn.Linear(29, 43, bias=bias, dtype=dtype).requires_grad_(False)
+    module = nn.Linear(32, 48, bias=bias, dtype=dtype).requires_grad_(False)
     replace_linears(module)
     return module
 
 
 def inputs(*shape, dtype=torch.bfloat16) -> torch.Tensor:
-    return torch.randn(*(shape or (ROWS, 29)), generator=torch.Generator().manual_seed(1)).to(dtype)
+    return torch.randn(*(shape or (ROWS, 32)), generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
 def exact(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
@@ -43,33 +46,30 @@ def exact(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     return x.double() @ weight.T + bias
 
 
-@pytest.mark.parametrize("shape", [(ROWS, 29), (3, 11, 29), (1, 29), (29,)])
+@pytest.mark.parametrize("shape", [(ROWS, 32), (3, 11, 32), (1, 32), (32,)])
 def test_as_exact_as_torch(shape, used):
     module, x = layer(), inputs(*shape)
     out = module(x)
     assert used
     assert out.dtype == torch.bfloat16
-    assert out.shape == (*shape[:-1], 43)
+    assert out.shape == (*shape[:-1], 48)
     torch_error = (nn.functional.linear(x, module.weight, module.bias) - exact(module, x)).norm()
     assert (out - exact(module, x)).norm() <= 2 * torch_error
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("algorithm", ["none", "tanh"])
-def test_gelu_is_as_exact_as_torch(algorithm, dtype):
+def test_gelu_is_as_exact_as_torch(dtype):
     module, x = layer(dtype), inputs(dtype=dtype)
-    assert module.is_fused(x)
-    expected = nn.functional.gelu(exact(module, x), approximate=algorithm)
-    two_passes = nn.functional.gelu(
-        nn.functional.linear(x, module.weight, module.bias), approximate=algorithm
-    )
-    out = module.product(x, "gelu", algorithm)
+    assert module.is_fused(x, gelu=True)
+    expected = nn.functional.gelu(exact(module, x))
+    two_passes = nn.functional.gelu(nn.functional.linear(x, module.weight, module.bias))
+    out = module.product(x, gelu=True)
     assert out.dtype == dtype
     assert (out - expected).norm() <= 2 * (two_passes - expected).norm()
 
 
 def test_not_contiguous(used):
-    module, x = layer(), inputs(29, ROWS).T
+    module, x = layer(), inputs(32, ROWS).T
     torch.testing.assert_close(module(x), module(x.contiguous()), rtol=0, atol=0)
     assert len(used) == 2
 
@@ -83,16 +83,43 @@ def test_autocast(used):
         torch.testing.assert_close(out, nn.functional.linear(x, module.weight, module.bias))
 
 
-def test_float32_for_gelu_alone(used):
+def test_float32_for_gelu_alone_where_torch_has_avx512(used, monkeypatch):
     module, x = layer(torch.float32), inputs(dtype=torch.float32)
     assert module(x).equal(nn.functional.linear(x, module.weight, module.bias))
     assert not used
+    assert module.is_fused(x, gelu=True)
+    assert not module.is_fused(x.clone().requires_grad_(), gelu=True)
+    monkeypatch.setattr(product, "beats_torch", lambda: True)
+    for setting in ("high", "medium"):
+        torch.set_float32_matmul_precision(setting)
+        try:
+            assert not module.is_fused(x, gelu=True)
+            assert not module.is_fused(x)
+        finally:
+            torch.set_float32_matmul_precision("highest")
     assert module.is_fused(x)
-    torch.set_float32_matmul_precision("medium")
-    try:
-        assert not module.is_fused(x)
-    finally:
-        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_float32_where_it_beats_torch(bias, used, monkeypatch):
+    """Also where gradients pass: with the same bits with gradients on and off, as recompute needs them."""
+    monkeypatch.setattr(product, "beats_torch", lambda: True)
+    module, x = layer(torch.float32, bias), inputs(dtype=torch.float32)
+    leaf = x.clone().requires_grad_()
+    out = module(leaf)
+    assert len(used) == 1
+    out.square().sum().backward()
+    with torch.no_grad():
+        assert module(leaf).equal(out)
+    double = x.double().requires_grad_()
+    nn.functional.linear(
+        double, module.weight.double(), module.bias.double() if bias else None
+    ).square().sum().backward()
+    torch.testing.assert_close(leaf.grad.double(), double.grad, rtol=1e-5, atol=1e-5)
+    module.weight.requires_grad_()
+    used.clear()
+    module(leaf)
+    assert not used
 
 
 def test_weights_may_change(used):
@@ -102,7 +129,7 @@ def test_weights_may_change(used):
     module.load_state_dict({name: 2 * value for name, value in module.state_dict().items()})
     torch.testing.assert_close(module(x), 2 * before, rtol=0, atol=0)
     module.weight.data = torch.zeros_like(module.weight)
-    module.bias = nn.Parameter(torch.ones(43, dtype=torch.bfloat16), requires_grad=False)
+    module.bias = nn.Parameter(torch.ones(48, dtype=torch.bfloat16), requires_grad=False)
     assert module(x).eq(1).all()
     assert len(used) == 3
     assert module.float()(x.float()).dtype == torch.float32
@@ -121,7 +148,7 @@ def test_where_it_is_not_used(used):
         parameter.requires_grad_(False)
     assert torch.func.vmap(module)(x).shape == expected.shape
     assert torch.compile(module, backend="eager", fullgraph=True)(x).equal(expected)
-    assert type(layer(bias=False)) is nn.Linear
+    layer(bias=False)(x)
     layer(torch.float32)(inputs(dtype=torch.float32))
     linear.FEWEST_ROWS = ROWS + 1
     module(x)
@@ -136,12 +163,12 @@ def test_errors_stay_torchs():
 
 
 def test_there_and_back(used):
-    model = nn.Sequential(nn.Linear(29, 43), nn.Linear(43, 2, bias=False), nn.Linear(43, 29))
+    model = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 2, bias=False), nn.Linear(48, 32))
     model = model.to(torch.bfloat16).requires_grad_(False)
     model[2].forward = model[2].forward  # somebody else's
     state = copy.deepcopy(model.state_dict())
     replace_linears(model)
-    assert [type(module) for module in model] == [Linear, nn.Linear, nn.Linear]
+    assert [type(module) for module in model] == [Linear, Linear, nn.Linear]
     for other in (copy.deepcopy(model[0]), pickle.loads(pickle.dumps(model[0]))):
         assert type(other) is Linear
         assert other(inputs()).equal(model[0](inputs()))
@@ -152,5 +179,6 @@ def test_there_and_back(used):
 
 
 def test_nothing_on_machines_that_do_not_gain(monkeypatch):
-    monkeypatch.setattr(linear, "gains", lambda: False)
+    monkeypatch.setattr(linear, "bf16_gains", lambda: False)
+    monkeypatch.setattr(product, "serves", lambda: False)
     assert type(layer()) is nn.Linear

@@ -16,7 +16,7 @@ import transformers
 from torch import nn
 from zoo import BACKEND, batch, build, deviation, labels_for, run, specimen, training_inputs, twin
 
-from fastattn.frozen import Linear, linear, lora
+from fastattn.frozen import Linear, linear, lora, product
 from fastattn.hf import patch, unpatch
 from fastattn.hf.intermediate import XLMRobertaIntermediate
 
@@ -27,10 +27,18 @@ needs_bf16 = pytest.mark.skipif(not BF16, reason="oneDNN has no bf16 here")
 @pytest.fixture
 def products(monkeypatch):
     """Small products are fused on every machine; the list grows by the epilogue of each."""
-    calls, product = [], Linear.product
-    monkeypatch.setattr(linear, "gains", lambda: True)
+    calls, way = [], Linear.product
+
+    def counted(self, x, gelu=False):
+        calls.append("gelu" if gelu else "")
+        return way(self, x, gelu)
+
+    monkeypatch.setattr(linear, "bf16_gains", lambda: True)
     monkeypatch.setattr(linear, "FEWEST_ROWS", 1)
-    monkeypatch.setattr(Linear, "product", lambda *a: calls.append((*a, "")[2]) or product(*a))
+    monkeypatch.setattr(product, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(product, "serves", lambda: True)
+    monkeypatch.setattr(product, "beats_torch", lambda: False)
+    monkeypatch.setattr(Linear, "product", counted)
     return calls
 
 

@@ -55,6 +55,7 @@ _ROTARY = struct.Struct(
     f"{_TENSOR * 4}"  # q, k, q_out, k_out
     "QqqQqq"  # cos with strides, sin with strides
 )
+_LINEAR = struct.Struct("@IiiiqqqQqQqQQq")  # as fastattn_linear lists them
 _EXECUTOR = struct.Struct("@Qi4x")  # parallel_for, num_threads, padding
 _FIXED = struct.Struct("@" + _PROBLEM_FIXED)
 _OPTIONAL = struct.Struct("@" + _PROBLEM_OPTIONAL)
@@ -186,6 +187,27 @@ def rotary_struct(
         *(_NO_TENSOR if k is None else _tensor(outs[1])),
         *_table(cos),
         *_table(sin),
+    )
+
+
+def linear_struct(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, gelu: bool, transposed: bool
+) -> bytes:
+    """fastattn_linear, for tensors of unit last stride."""
+    return _LINEAR.pack(
+        _LINEAR.size,
+        transposed,
+        gelu,
+        0,
+        *x.shape,
+        out.shape[1],
+        x.data_ptr(),
+        x.stride(0),
+        weight.data_ptr(),
+        weight.stride(0),
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        out.stride(0),
     )
 
 

@@ -121,6 +121,13 @@ class CpuBackend:
         io = abi.rotary_struct(xs, outs, cos, sin, transposed)
         self._hold(self._library.fastattn_cpu_rotary(io, self._executor()))
 
+    def linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, gelu: bool, transposed: bool
+    ) -> None:
+        """See `fastattn.frozen.product`; x and out are (rows, features), all of unit last stride."""
+        io = abi.linear_struct(x, weight, bias, out, gelu, transposed)
+        self._hold(self._library.fastattn_cpu_linear(io, self._executor()))
+
     def dropout_mask(self, seed: int, dropout_p: float, shape: tuple[int, int, int, int]) -> Tensor:
         """What the library keeps under dropout: bool (batch, num_heads, seqlen_q, seqlen_k)."""
         keep = torch.empty(shape, dtype=torch.uint8)

@@ -32,6 +32,7 @@ def open_library(path: Path = PATH) -> ctypes.CDLL:
         version = library.fastattn_abi_version()
         library.fastattn_cpu_hidden_dropout.argtypes = [ctypes.c_char_p] * 2
         library.fastattn_cpu_rotary.argtypes = [ctypes.c_char_p] * 2
+        library.fastattn_cpu_linear.argtypes = [ctypes.c_char_p] * 2
     except (OSError, AttributeError) as error:
         raise LibraryMissingError(f"{path.name} does not load: {error}") from None
     if version != abi.ABI_VERSION:

@@ -20,11 +20,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from . import configs, sass
-from .backward import delta_kernel, dkdv_kernel, dq_kernel
+from .backward import delta_kernel
 from .bias_backward import dbias_kernel, join_diagonals_kernel
 from .configs import Arch, TileConfig
 from .decode import merge_kernel
 from .forward import forward_kernel
+from .key_gradient import dkdv_kernel
+from .query_gradient import dq_kernel
 
 KERNELS = {
     "forward": forward_kernel,

@@ -17,12 +17,14 @@ from ...problem import AttentionInputs, AttentionProblem
 from .. import Gradients
 from . import configs, prepared
 from .arguments import Layout, alignment, common, far, layout, named_strides, precision
-from .backward import delta_kernel, dkdv_kernel, dq_kernel
+from .backward import delta_kernel
 from .bias_backward import dbias_kernel, join_diagonals_kernel
 from .configs import Arch, TileConfig
 from .decode import merge_kernel
 from .forward import forward_kernel
+from .key_gradient import dkdv_kernel
 from .prepared import Launch
+from .query_gradient import dq_kernel
 
 if TYPE_CHECKING:
     from .autotune import TunedLaunch

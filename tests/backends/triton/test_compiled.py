@@ -75,7 +75,7 @@ FEATURES = [
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
-@pytest.mark.parametrize("head_dim", [40, 64, 80, 128, 256])
+@pytest.mark.parametrize("head_dim", [40, 64, 80, 96, 128, 256])
 def test_every_nvidia_generation(arch, head_dim):
     for kernel, features in KINDS:
         variant = Variant(kernel, arch, head_dim, "fp16", features)
@@ -111,7 +111,7 @@ def test_biases_fit_into_the_smallest_shared_memory():
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("arch", ["gfx90a", "gfx942", "gfx1100"])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [40, 64, 80, 96, 128])
 def test_every_amd_generation(arch, head_dim):
     assert arch in ARCHITECTURES
     for kernel, features in KINDS:

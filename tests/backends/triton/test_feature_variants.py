@@ -36,12 +36,13 @@ QUICK = (
 )
 
 _WINDOW = "in masked loops alone; tiles that spill nothing take more issue slots where nothing is masked"
-_PHILOX = "tiles that spill nothing count a third more, or read k and v twice as often"
+_PHILOX = "tiles that spill nothing count a fifth or a third more, or read k and v twice as often"
 _CROWDED = "another stage or tile counts more, or spills elsewhere"
 SPILLS = {
     "dq-sm80-fp16-d64-dropout-packed-right": (11, _PHILOX),
     "dq-sm80-fp16-d64-dropout-packed-seed_on_device": (6, _PHILOX),
     "dq-sm90-fp16-d128-dropout-key_mask-relative_bias": (3, _CROWDED),
+    "forward-sm90-fp16-d64-dropout-key_mask": (3, _PHILOX),
     "forward-sm90-fp16-d128-bias-dropout": (10, _CROWDED),
     "forward-sm90-fp16-d128-dropout-key_mask-relative_bias": (1, _CROWDED),
     "forward-sm90-fp16-d128-left-packed-right": (28, _WINDOW),

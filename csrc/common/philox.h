@@ -18,6 +18,14 @@ namespace fastattn {
 /* Keys j of one row are drawn in blocks of 128: 16 counters, each of which serves 8 keys 16 apart. */
 enum { kDropoutBlock = 128, kDropoutLanes = 16, kDropoutSlots = 8, kPhiloxRounds = 7 };
 
+/* Multipliers of words 0 and 2, and what a round adds to each half of the key. */
+enum : uint32_t {
+  kPhiloxFactor0 = 0xD2511F53u,
+  kPhiloxFactor1 = 0xCD9E8D57u,
+  kPhiloxStep0 = 0x9E3779B9u,
+  kPhiloxStep1 = 0xBB67AE85u
+};
+
 struct ScalarMulHi {
   FASTATTN_MEMBER static uint32_t high(uint32_t a, uint32_t b) { return (uint32_t)(((uint64_t)a * b) >> 32); }
 };
@@ -32,14 +40,14 @@ FASTATTN_INLINE void philox(uint64_t seed, Word (&r)[4]) {
 #pragma GCC unroll 7
 #endif
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    const Word high0 = MulHi::high(r[0], 0xD2511F53u), low0 = r[0] * 0xD2511F53u;
-    const Word high1 = MulHi::high(r[2], 0xCD9E8D57u), low1 = r[2] * 0xCD9E8D57u;
+    const Word high0 = MulHi::high(r[0], kPhiloxFactor0), low0 = r[0] * kPhiloxFactor0;
+    const Word high1 = MulHi::high(r[2], kPhiloxFactor1), low1 = r[2] * kPhiloxFactor1;
     r[0] = high1 ^ r[1] ^ key0;
     r[1] = low1;
     r[2] = high0 ^ r[3] ^ key1;
     r[3] = low0;
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
+    key0 += kPhiloxStep0;
+    key1 += kPhiloxStep1;
   }
 }
 

@@ -42,7 +42,7 @@ struct Backward {
   const Dropout dropout;
   const bool has_terms;
   const bool want_ds;  // dP and dS are needed, for dq, dk or a bias
-  const bool want_dv;
+  const bool want_dk, want_dv;
   const float ds_scale;    // dq and dk take dS times softmax_scale and the slope of the soft cap;
   const bool want_slopes;  // a bias, which is added after both, takes it as it is
   const int slots;         // query tiles held at a time
@@ -67,12 +67,13 @@ struct Backward {
   const Storage* thin_keys;  // where the keys of a thin sequence lie
   float *scores, *dscores, *slopes, *thin_queries;
 
-  Backward(const Work& work, bool ds, bool dv, bool for_bias, int query_slots)
+  Backward(const Work& work, bool ds, bool dk, bool dv, bool for_bias, int query_slots)
       : p(*work.problem),
         io(*work.backward),
         dropout(p),
         has_terms(has_score_terms(p)),
         want_ds(ds),
+        want_dk(dk),
         want_dv(dv),
         ds_scale(for_bias ? 1.0f : p.softmax_scale),
         want_slopes(ds && !for_bias && p.softcap > 0.0f),
@@ -154,15 +155,23 @@ struct Backward {
     const Storage* query = row_of<const Storage>(p, p.q, b, h, row0);
     const Storage* dout = row_of<const Storage>(p, io.dout, b, h, row0);
     if constexpr (kPairs) {
-      Packer<T, E>::rows(query, p.q.stride_n, tile.rows, p.head_dim, nullptr, q.buffers[0], depth_ld,
-                         round_up(depth, W));
-      Packer<T, E>::rows(dout, io.dout.stride_n, tile.rows, p.head_dim_v, nullptr, q.buffers[1], depth_v_ld,
-                         round_up(depth_v, W));
       q.q = q.buffers[0], q.q_ld = depth_ld, q.dout = q.buffers[1], q.dout_ld = depth_v_ld;
-      load_rows(query, p.q.stride_n, tile.rows, p.head_dim, nullptr, q.buffers[2], rows_ld, &q.q_rows,
-                &q.q_rows_ld);
-      load_rows(dout, io.dout.stride_n, tile.rows, p.head_dim_v, nullptr, q.buffers[3], rows_v_ld,
-                &q.dout_rows, &q.dout_rows_ld);
+      if (units_in_place<T, E>(p.q, p.head_dim))
+        q.q = (const Unit*)query, q.q_ld = depth;
+      else
+        Packer<T, E>::rows(query, p.q.stride_n, tile.rows, p.head_dim, nullptr, q.buffers[0], depth_ld,
+                           round_up(depth, W));
+      if (units_in_place<T, E>(io.dout, p.head_dim_v))
+        q.dout = (const Unit*)dout, q.dout_ld = depth_v;
+      else if (want_ds)
+        Packer<T, E>::rows(dout, io.dout.stride_n, tile.rows, p.head_dim_v, nullptr, q.buffers[1], depth_v_ld,
+                           round_up(depth_v, W));
+      if (want_dk)
+        load_rows(query, p.q.stride_n, tile.rows, p.head_dim, nullptr, q.buffers[2], rows_ld, &q.q_rows,
+                  &q.q_rows_ld);
+      if (want_dv)
+        load_rows(dout, io.dout.stride_n, tile.rows, p.head_dim_v, nullptr, q.buffers[3], rows_v_ld,
+                  &q.dout_rows, &q.dout_rows_ld);
     } else {
       load_rows(query, p.q.stride_n, tile.rows, p.head_dim, nullptr, q.buffers[0], rows_ld, &q.q, &q.q_ld);
       load_rows(dout, io.dout.stride_n, tile.rows, p.head_dim_v, nullptr, q.buffers[1], rows_v_ld, &q.dout,
@@ -189,22 +198,26 @@ struct Backward {
     }
   }
 
-  // The rows of a query tile, before they are wanted.
-  void announce_queries(const Sequence& s, int64_t b, const QueryTile& tile, Stream& stream) const {
+  // The rows of query tiles from `tile` on, before they are wanted.
+  void announce_queries(const Sequence& s, int64_t b, const QueryTile& tile, int64_t rows,
+                        Stream& stream) const {
     const int64_t row0 = s.q0 + tile.i0, h = tile.head;
-    stream.add(row_of<const Storage>(p, p.q, b, h, row0), p.q.stride_n, tile.rows, p.head_dim);
-    stream.add(row_of<const Storage>(p, io.dout, b, h, row0), io.dout.stride_n, tile.rows, p.head_dim_v);
+    stream.add(row_of<const Storage>(p, p.q, b, h, row0), p.q.stride_n, rows, p.head_dim);
+    stream.add(row_of<const Storage>(p, io.dout, b, h, row0), io.dout.stride_n, rows, p.head_dim_v);
     if (want_ds)
-      stream.add(row_of<const Storage>(p, io.out, b, h, row0), io.out.stride_n, tile.rows, p.head_dim_v);
+      stream.add(row_of<const Storage>(p, io.out, b, h, row0), io.out.stride_n, rows, p.head_dim_v);
   }
 
-  // The same for a unit's first query tile and its keys from `key_begin` on.
-  void announce_unit(int64_t b, int64_t kv_head, int64_t query_tile, int64_t key_begin,
+  // The same for query tiles of a unit and its keys from `key_begin` on.
+  void announce_unit(const Entry& unit, int64_t kv_head, int64_t first_tile, int64_t tiles, int64_t key_begin,
                      Stream& stream) const {
+    const int64_t b = unit.b;
     const Sequence s = sequence_of(p, b);
     if (s.nq == 0 || s.nk == 0) return;
-    announce_queries(s, b, query_tile_of(p, s, kv_head, query_tile), stream);
-    const int64_t left = s.nk - key_begin, count = left < kKeyTile ? left : kKeyTile, row0 = s.k0 + key_begin;
+    const QueryTile first = query_tile_of(p, s, kv_head, first_tile);
+    announce_queries(s, b, first, rows_from(s, first, tiles), stream);
+    const int64_t left = keys_before_padding(mask_of(b), s.nk) - key_begin;
+    const int64_t count = left < kKeyTile ? left : kKeyTile, row0 = s.k0 + key_begin;
     stream.add(row_of<const Storage>(p, p.k, b, kv_head, row0), p.k.stride_n, count, p.head_dim);
     stream.add(row_of<const Storage>(p, p.v, b, kv_head, row0), p.v.stride_n, count, p.head_dim_v);
   }
@@ -284,7 +297,7 @@ struct Backward {
         mask_row(drow, begin, end, keys, 0.0f);
         zero_outside(drow, begin, end, keys.padded);
       }
-      zero_outside(row, begin, end, keys.padded);
+      if (want_dv) zero_outside(row, begin, end, keys.padded);
     }
   }
 

@@ -18,7 +18,7 @@ struct KeyPass : Backward<T, E> {
   using Base::io;
   using Base::p;
   using typename Base::Storage;
-  const bool want_dk, want_dq;
+  const bool want_dq;
   int32_t* const turns;
   float* const shared_dq_sums;
   const int64_t unit_dq_sums;
@@ -30,8 +30,7 @@ struct KeyPass : Backward<T, E> {
 
   explicit KeyPass(const Work& work)
       : Base(work, work.backward->dk.data != nullptr || work.backward->dq.data != nullptr,
-             work.backward->dv.data != nullptr, false, 1),
-        want_dk(io.dk.data != nullptr),
+             work.backward->dk.data != nullptr, work.backward->dv.data != nullptr, false, 1),
         want_dq(io.dq.data != nullptr),
         turns(work.turns),
         shared_dq_sums(work.shared_dq_sums),
@@ -55,6 +54,7 @@ struct KeyPass : Backward<T, E> {
     const Sequence s = sequence_of(p, entry.b);
     const Visibility visible = visibility_of(p, s);
     const int64_t tiles = ceil_div(s.nq, kQueryTile) * group();
+    const int64_t last_key = keys_before_padding(this->mask_of(entry.b), s.nk);
     __builtin_memset(diagonals, 0, (size_t)(group() * diagonals_ld) * sizeof(float));
     for (int64_t index = entry.begin; index < entry.end; ++index) {
       const int64_t begin = index * kKeyTile, end = begin + kKeyTile < s.nk ? begin + kKeyTile : s.nk;
@@ -68,10 +68,12 @@ struct KeyPass : Backward<T, E> {
         const bool any = loaded && rows.set(visible, tile.i0, tile.rows, keys);
         if (any) {
           Stream stream;
-          if (t + 1 < tiles)
-            this->announce_queries(s, entry.b, query_tile_of(p, s, kv_head, t + 1), stream);
-          else if (index + 1 == entry.end && next != nullptr)
-            this->announce_unit(next->b, next_head, 0, next->begin * kKeyTile, stream);
+          if (t + 1 < tiles) {
+            const QueryTile after = query_tile_of(p, s, kv_head, t + 1);
+            this->announce_queries(s, entry.b, after, after.rows, stream);
+          } else if ((index + 1 == entry.end || (index + 1) * kKeyTile >= last_key) && next != nullptr) {
+            this->announce_unit(*next, next_head, 0, 1, next->begin * kKeyTile, stream);
+          }
           stream.start(tile.rows);
           const auto& q = *this->queries;
           this->load_queries(s, entry.b, tile, *this->queries);
@@ -79,7 +81,7 @@ struct KeyPass : Backward<T, E> {
           if (this->want_dv)
             this->add_to_keys(rows, keys, this->scores, this->weights, q.dout_rows, q.dout_rows_ld,
                               p.head_dim_v, sums.started, sums.dv, sums.dv_ld);
-          if (want_dk)
+          if (this->want_dk)
             this->add_to_keys(rows, keys, this->dscores, this->ds_by_columns, q.q_rows, q.q_rows_ld,
                               p.head_dim, sums.started, sums.dk, sums.dk_ld);
           sums.started = true;
@@ -113,7 +115,7 @@ struct KeyPass : Backward<T, E> {
   };
   KeySums key_sums(const Sequence& s, int64_t b, int64_t kv_head, const KeyTile& keys) const {
     KeySums sums = {dk, dv, this->columns_ld, this->columns_v_ld, false};
-    if (want_dk && dk_in_place)
+    if (this->want_dk && dk_in_place)
       sums.dk = row_of<float>(p, io.dk, b, kv_head, s.k0 + keys.begin), sums.dk_ld = io.dk.stride_n;
     if (this->want_dv && dv_in_place)
       sums.dv = row_of<float>(p, io.dv, b, kv_head, s.k0 + keys.begin), sums.dv_ld = io.dv.stride_n;
@@ -220,7 +222,7 @@ struct QueryPass : Backward<T, E> {
   float* dq;
 
   explicit QueryPass(const Work& work)
-      : Base(work, true, false, false, (int)most_tiles_per_unit(*work.problem)) {}
+      : Base(work, true, false, false, false, (int)most_tiles_per_unit(*work.problem)) {}
 
   void lay_out(Arena& arena) {
     Base::lay_out(arena);
@@ -240,6 +242,7 @@ struct QueryPass : Backward<T, E> {
     }
     int64_t key_begin, key_end;
     key_range_of(visible, tiles, count, &key_begin, &key_end);
+    key_end = keys_before_padding(this->mask_of(entry.b), key_end);
     KeyTile keys;
     for (int64_t j = key_begin; j < key_end; j = (j / kKeyTile + 1) * kKeyTile) {
       const int64_t stop = (j / kKeyTile + 1) * kKeyTile;
@@ -252,7 +255,7 @@ struct QueryPass : Backward<T, E> {
         stream.add(row_of<const Storage>(p, p.v, entry.b, kv_head, s.k0 + stop), p.v.stride_n, ahead,
                    p.head_dim_v);
       } else if (next != nullptr) {
-        this->announce_unit(next->b, next_head, next->begin, 0, stream);
+        this->announce_unit(*next, next_head, next->begin, next->end - next->begin, 0, stream);
       }
       stream.start(count * kQueryTile);
       int finite = -1;

@@ -23,7 +23,7 @@ struct BiasPass : Backward<T, E> {
   using Base::p;
   float *sums, *row_totals;
 
-  explicit BiasPass(const Work& work) : Base(work, true, false, true, 1) {}
+  explicit BiasPass(const Work& work) : Base(work, true, false, false, true, 1) {}
 
   void lay_out(Arena& arena) {
     Base::lay_out(arena);
@@ -91,7 +91,8 @@ struct RelativePass : Backward<T, E> {
 
   float* const partials;
 
-  explicit RelativePass(const Work& work) : Base(work, true, false, true, 1), partials(work.partials) {}
+  explicit RelativePass(const Work& work)
+      : Base(work, true, false, false, true, 1), partials(work.partials) {}
 
   // All diagonals of one head over sequences [entry.begin, entry.end): in place, or in a slot of their own.
   void run(const Entry& entry, int64_t h, const Entry*, int64_t) {

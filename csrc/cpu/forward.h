@@ -31,8 +31,7 @@ struct Forward {
   const int64_t values_ld;        // of V
   const int64_t panel_stride;
   const int64_t slots;  // query tiles of a unit
-  // fp32 queries whose rows lie close together are read where they are.
-  static constexpr bool kSameUnits = SameType<Storage, Unit>::value;
+  // Queries whose rows lie close together are read where they are, if they are units already.
   const bool queries_in_place;
 
   // workspace
@@ -52,7 +51,7 @@ struct Forward {
         values_ld(E::kParts * columns_ld),
         panel_stride(depth * kPanelLd<E>),
         slots(most_tiles_per_unit(p)),
-        queries_in_place(kSameUnits && p.q.stride_n == p.head_dim),
+        queries_in_place(units_in_place<T, E>(p.q, p.head_dim)),
         partials(work.partials) {}
 
   void lay_out(Arena& arena) {
@@ -70,7 +69,7 @@ struct Forward {
   void run(const Entry& entry, int64_t kv_head, const Entry* next, int64_t next_head) {
     const Sequence s = sequence_of(p, entry.b);
     const Visibility visible = visibility_of(p, s);
-    const uint8_t* mask = p.key_mask == nullptr ? nullptr : p.key_mask + entry.b * p.key_mask_stride_b;
+    const uint8_t* mask = mask_of(entry.b);
     const int tile_count = (int)(entry.end - entry.begin);
     QueryTile tiles[kTilesPerUnit];
     const Unit* q[kTilesPerUnit];
@@ -90,6 +89,7 @@ struct Forward {
     key_range_of(visible, tiles, tile_count, &key_begin, &key_end);
     if (entry.key_begin > key_begin) key_begin = entry.key_begin;
     if (entry.key_end < key_end) key_end = entry.key_end;
+    key_end = keys_before_padding(mask, key_end);
     const Storage* k = row_of<const Storage>(p, p.k, entry.b, kv_head, s.k0);
     const Storage* v = row_of<const Storage>(p, p.v, entry.b, kv_head, s.k0);
     KeyTile keys;
@@ -180,22 +180,26 @@ struct Forward {
   const Unit* load_queries(const Sequence& s, int64_t b, const QueryTile& tile, Unit* buffer) const {
     const Phase phase(kPacking);
     const Storage* source = row_of<const Storage>(p, p.q, b, tile.head, s.q0 + tile.i0);
-    if constexpr (kSameUnits)
-      if (queries_in_place) return source;
+    if (queries_in_place) return (const Unit*)source;
     Packer<T, E>::rows(source, p.q.stride_n, tile.rows, p.head_dim, nullptr, buffer, depth_ld,
                        round_up(depth, W));
     return buffer;
+  }
+
+  const uint8_t* mask_of(int64_t b) const {
+    return p.key_mask == nullptr ? nullptr : p.key_mask + b * p.key_mask_stride_b;
   }
 
   // What the next unit reads and writes first.
   void announce(const Entry& next, int64_t head, Stream& stream) const {
     const Sequence s = sequence_of(p, next.b);
     const QueryTile tile = query_tile_of(p, s, head, next.begin);
-    stream.add(row_of<const Storage>(p, p.q, next.b, tile.head, s.q0 + tile.i0), p.q.stride_n, tile.rows,
+    const int64_t rows = rows_from(s, tile, next.end - next.begin);
+    stream.add(row_of<const Storage>(p, p.q, next.b, tile.head, s.q0 + tile.i0), p.q.stride_n, rows,
                p.head_dim);
     stream.add(row_of<const Storage>(p, result.out, next.b, tile.head, s.q0 + tile.i0), result.out.stride_n,
-               tile.rows, p.head_dim_v);
-    const int64_t keys = s.nk < kKeyTile ? s.nk : kKeyTile;
+               rows, p.head_dim_v);
+    const int64_t keys = keys_before_padding(mask_of(next.b), s.nk < kKeyTile ? s.nk : kKeyTile);
     stream.add(row_of<const Storage>(p, p.k, next.b, head, s.k0), p.k.stride_n, keys, p.head_dim);
     stream.add(row_of<const Storage>(p, p.v, next.b, head, s.k0), p.v.stride_n, keys, p.head_dim_v);
   }
@@ -203,7 +207,7 @@ struct Forward {
   void multiply_scores(const TileRows& rows, const KeyTile& keys, const Unit* q) {
     const Phase phase(kScores);
     gemm<E, false>(
-        keys.padded, q, queries_in_place ? p.q.stride_n : depth_ld, panels, panel_stride, kPanelLd<E>, scores,
+        keys.padded, q, queries_in_place ? depth : depth_ld, panels, panel_stride, kPanelLd<E>, scores,
         kScoreLd, false, [&](int c0, int c1) { return rows.rows_of(c0, c1); },
         [&](int i0, int i1) { return rows.columns_of(i0, i1); },
         [&](int, int) { return Range{0, (int)depth}; });

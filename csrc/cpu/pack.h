@@ -77,6 +77,16 @@ FASTATTN_ALWAYS bool rows_in_place(int64_t stride, int64_t n, int64_t count) {
   return stride == n && n % 16 == 0 && count * (lines & -lines) <= 256;
 }
 
+// Whether rows of n elements can serve as A where they lie: dense, and for pairs whole vectors of them, on
+// the addresses of pairs.
+template <class T, class E>
+FASTATTN_ALWAYS bool units_in_place(const fastattn_tensor& t, int64_t n) {
+  if (t.stride_n != n) return false;
+  if (SameType<typename T::Storage, typename E::Unit>::value) return true;
+  return E::kParts == 1 && SameType<T, BF16>::value && SameType<typename E::Cell, uint16_t>::value &&
+         n % (2 * W) == 0 && (t.stride_b | t.stride_h) % 2 == 0 && (uintptr_t)t.data % sizeof(uint32_t) == 0;
+}
+
 template <class T, class E>
 struct Packer;
 
@@ -224,19 +234,24 @@ struct Panels<T, Single> {
 #if defined(FASTATTN_BF16_DOT)
 template <class T, int kParts>
 struct Panels<T, Pairs<kParts>> {
-  // By way of `staging`, zero-padded rows of pairs.
+  // bf16 rows of whole vectors from where they lie, others by way of `staging`, zero-padded rows of pairs.
   static void pack(const typename T::Storage* source, int64_t stride, int64_t count, int64_t n,
                    const int32_t* keep, uint32_t* panels, uint32_t* staging) {
     constexpr int kLd = kPanelLd<Pairs<kParts>>;
-    const int64_t depth = (n + 1) / 2, padded = (depth + W - 1) / W * W, ld = kParts * padded;
-    Packer<T, Pairs<kParts>>::rows(source, stride, count, n, keep, staging, ld, padded);
+    const int64_t depth = (n + 1) / 2, padded = (depth + W - 1) / W * W;
+    const uint16_t* cells = (const uint16_t*)source;
+    int64_t ld = stride;
+    if (!SameType<T, BF16>::value || kParts == 2 || keep != nullptr || n % (2 * W) != 0) {
+      Packer<T, Pairs<kParts>>::rows(source, stride, count, n, keep, staging, kParts * padded, padded);
+      cells = (const uint16_t*)staging, ld = 2 * kParts * padded;
+    }
     for (int64_t r = 0; r < count; r += W)
       for (int part = 0; part < kParts; ++part) {
         uint32_t* panel = panels + r / kNR * depth * kLd + part * kNR + r % kNR;
-        const uint32_t* rows = staging + r * ld + part * padded;
+        const uint16_t* rows = cells + r * ld + 2 * part * padded;
         for (int64_t d = 0; d < depth; d += W)
           transpose_block(panel, kLd, d, depth,
-                          [&](int i) { return r + i < count ? load_as<vf>(rows + i * ld + d) : vf{}; });
+                          [&](int i) { return r + i < count ? load_as<vf>(rows + i * ld + 2 * d) : vf{}; });
       }
   }
 };

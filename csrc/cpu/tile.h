@@ -38,6 +38,12 @@ struct KeyTile {
   int32_t keep[kKeyTile];
 };
 
+// How many of `count` keys there are up to the last that `mask` (may be null) lets through.
+FASTATTN_ALWAYS int64_t keys_before_padding(const uint8_t* mask, int64_t count) {
+  while (mask != nullptr && count > 0 && mask[count - 1] == 0) --count;
+  return count;
+}
+
 // The keys of [begin, end) that `mask` (may be null) lets through. begin is a multiple of kDropoutLanes.
 inline void trim_key_tile(const uint8_t* mask, int64_t begin, int64_t end, KeyTile& tile) {
   tile.holes = false;

@@ -17,6 +17,12 @@ inline QueryTile query_tile_of(const fastattn_problem& p, const Sequence& s, int
   return {kv_head * group + tile / per_head, i0, (int)(s.nq - i0 < kQueryTile ? s.nq - i0 : kQueryTile)};
 }
 
+// Rows of `tiles` query tiles from the first on, as far as they are of its head.
+inline int64_t rows_from(const Sequence& s, const QueryTile& first, int64_t tiles) {
+  const int64_t rows = tiles * kQueryTile, left = s.nq - first.i0;
+  return rows < left ? rows : left;
+}
+
 // The keys that the rows of any of `count` tiles see, from a multiple of kDropoutLanes on.
 inline void key_range_of(const Visibility& visible, const QueryTile* tiles, int count, int64_t* begin,
                          int64_t* end) {

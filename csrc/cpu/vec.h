@@ -24,6 +24,7 @@ constexpr int W = kVectorBytes / 4;  // lanes
 typedef float vf __attribute__((vector_size(kVectorBytes)));
 typedef int32_t vi __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t vu __attribute__((vector_size(kVectorBytes)));
+typedef uint64_t vu64 __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t vu16 __attribute__((vector_size(kVectorBytes / 2)));
 
 FASTATTN_ALWAYS vi as_int(vf x) { return (vi)x; }
@@ -121,23 +122,41 @@ FASTATTN_ALWAYS bool any(vi mask) {
 #endif
 }
 
-// High half of a 32 x 32 bit product, which no instruction set has for all lanes: even and odd lanes apart.
-FASTATTN_ALWAYS vu mulhi(vu a, uint32_t b) {
+// 32 x 32 bit products of all lanes are formed for even and odd lanes apart: of_even_lanes() multiplies the
+// former, and odd_to_even() brings what is in odd lanes there; by a shuffle, not a shift, which would wait
+// for the port of the multiplier. What is in the other lanes then does not matter.
+FASTATTN_ALWAYS vu product_of_even_lanes(vu a, uint32_t b) {
 #if defined(__AVX512F__) && FASTATTN_VECTOR_BYTES == 64
-  const __m512i m = _mm512_set1_epi32((int)b), x = (__m512i)a;
-  const __m512i even = _mm512_srli_epi64(_mm512_mul_epu32(x, m), 32);
-  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), m);
-  return (vu)_mm512_mask_blend_epi32(0xAAAA, even, odd);
+  return (vu)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi32((int)b));
 #elif defined(__AVX2__) && FASTATTN_VECTOR_BYTES == 32
-  const __m256i m = _mm256_set1_epi32((int)b), x = (__m256i)a;
-  const __m256i even = _mm256_srli_epi64(_mm256_mul_epu32(x, m), 32);
-  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), m);
-  return (vu)_mm256_blend_epi32(even, odd, 0xAA);
+  return (vu)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi32((int)b));
 #else
-  typedef uint64_t vu64 __attribute__((vector_size(kVectorBytes)));
-  const vu64 x = (vu64)a;
-  const vu64 even = (x & 0xFFFFFFFFu) * (uint64_t)b >> 32, odd = (x >> 32) * (uint64_t)b;
-  return (vu)(even | (odd & 0xFFFFFFFF00000000u));
+  return (vu)(((vu64)a & 0xFFFFFFFFu) * (uint64_t)b);
+#endif
+}
+FASTATTN_ALWAYS vu odd_to_even(vu a) {
+#if defined(__AVX512F__) && FASTATTN_VECTOR_BYTES == 64
+  return (vu)_mm512_movehdup_ps((__m512)a);
+#elif defined(__AVX2__) && FASTATTN_VECTOR_BYTES == 32
+  return (vu)_mm256_movehdup_ps((__m256)a);
+#else
+  return (vu)((vu64)a >> 32);
+#endif
+}
+FASTATTN_ALWAYS vu join_even_lanes(vu even, vu odd) {
+#if defined(__AVX512F__) && FASTATTN_VECTOR_BYTES == 64
+  return (vu)_mm512_mask_moveldup_ps((__m512)even, 0xAAAA, (__m512)odd);
+#else
+  return (vu)(((vu64)even & 0xFFFFFFFFu) | (vu64)odd << 32);
+#endif
+}
+
+// a ^ b ^ c
+FASTATTN_ALWAYS vu xor3(vu a, vu b, vu c) {
+#if defined(__AVX512F__) && FASTATTN_VECTOR_BYTES == 64
+  return (vu)_mm512_ternarylogic_epi32((__m512i)a, (__m512i)b, (__m512i)c, 0x96);
+#else
+  return a ^ b ^ c;
 #endif
 }
 

@@ -224,7 +224,7 @@ def _rms(x: Tensor) -> float:
 
 # Long enough for more than one key tile of every backend, so drawn with few heads, and seldom.
 _many_keys = st.sampled_from([257, 300, 513, 700])
-_dims = st.sampled_from([1, 3, 8, 16, 17, 32, 40, 64, 65, 80, 96, 100, 128])
+_dims = st.sampled_from([1, 3, 8, 16, 17, 32, 40, 64, 65, 80, 96, 100, 128, 129, 200, 255, 256])
 _sizes = st.one_of(
     st.integers(1, 20), st.integers(1, 90), st.sampled_from([0, 1, 16, 31, 32, 33, 64, 127, 128, 129, 130])
 )

@@ -1,17 +1,15 @@
 /* Philox4x32-7 (Salmon, Moraes, Dror, Shaw 2011) and the dropout stream built on it; docs/architecture.md has
- * the contract. philox() is a template over the word type, so that one text serves scalars, SIMD vectors and
- * CUDA threads: a word needs * and ^, and a function object for the high half of a product. */
+ * the contract. One text serves the host and CUDA threads; csrc/cpu/dropout.h draws the same by vectors. */
 #ifndef FASTATTN_COMMON_PHILOX_H
 #define FASTATTN_COMMON_PHILOX_H
 
 #include <stdint.h>
 
 #if defined(__CUDACC__)
-#define FASTATTN_MEMBER __host__ __device__ __forceinline__
+#define FASTATTN_INLINE static __host__ __device__ __forceinline__
 #else
-#define FASTATTN_MEMBER inline __attribute__((always_inline))
+#define FASTATTN_INLINE static inline __attribute__((always_inline))
 #endif
-#define FASTATTN_INLINE static FASTATTN_MEMBER
 
 namespace fastattn {
 
@@ -26,13 +24,8 @@ enum : uint32_t {
   kPhiloxStep1 = 0xBB67AE85u
 };
 
-struct ScalarMulHi {
-  FASTATTN_MEMBER static uint32_t high(uint32_t a, uint32_t b) { return (uint32_t)(((uint64_t)a * b) >> 32); }
-};
-
 /* r holds the counter on entry and the four random words on return. */
-template <class MulHi, class Word>
-FASTATTN_INLINE void philox(uint64_t seed, Word (&r)[4]) {
+FASTATTN_INLINE void philox(uint64_t seed, uint32_t (&r)[4]) {
   uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
 #if defined(__CUDACC__)
 #pragma unroll
@@ -40,8 +33,8 @@ FASTATTN_INLINE void philox(uint64_t seed, Word (&r)[4]) {
 #pragma GCC unroll 7
 #endif
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    const Word high0 = MulHi::high(r[0], kPhiloxFactor0), low0 = r[0] * kPhiloxFactor0;
-    const Word high1 = MulHi::high(r[2], kPhiloxFactor1), low1 = r[2] * kPhiloxFactor1;
+    const uint32_t high0 = (uint32_t)(((uint64_t)r[0] * kPhiloxFactor0) >> 32), low0 = r[0] * kPhiloxFactor0;
+    const uint32_t high1 = (uint32_t)(((uint64_t)r[2] * kPhiloxFactor1) >> 32), low1 = r[2] * kPhiloxFactor1;
     r[0] = high1 ^ r[1] ^ key0;
     r[1] = low1;
     r[2] = high0 ^ r[3] ^ key1;
@@ -64,7 +57,7 @@ FASTATTN_INLINE float dropout_scale(float p) {
 FASTATTN_INLINE bool dropout_keeps(uint64_t seed, uint32_t threshold, uint32_t b, uint32_t h, uint32_t i,
                                    uint32_t j) {
   uint32_t r[4] = {i, j / kDropoutBlock * kDropoutLanes + j % kDropoutLanes, h, b};
-  philox<ScalarMulHi>(seed, r);
+  philox(seed, r);
   const uint32_t slot = j / kDropoutLanes % kDropoutSlots;
   const uint32_t word = slot < 4 ? (slot < 2 ? r[0] : r[1]) : (slot < 6 ? r[2] : r[3]);
   return (slot % 2 == 0 ? word & 0xFFFFu : word >> 16) >= threshold;

@@ -110,16 +110,12 @@ struct Backward {
     thin_queries = arena.take<float>(kThinRows * columns_ld);
   }
 
-  const uint8_t* mask_of(int64_t b) const {
-    return p.key_mask == nullptr ? nullptr : p.key_mask + b * p.key_mask_stride_b;
-  }
-
   // Packs the keys of [begin, end) that anyone may see; false when key_mask hides all of them. `rows`: dQ
   // will be formed, which takes K by rows.
   bool load_keys(const Sequence& s, int64_t b, int64_t kv_head, int64_t begin, int64_t end, bool rows,
                  KeyTile& keys) {
     const Phase phase(kPacking);
-    trim_key_tile(mask_of(b), begin, end, keys);
+    trim_key_tile(mask_of(p, b), begin, end, keys);
     if (keys.count == 0) return false;
     const int32_t* keep = keys.holes ? keys.keep : nullptr;
     const Storage* k = row_of<const Storage>(p, p.k, b, kv_head, s.k0 + keys.begin);
@@ -216,7 +212,7 @@ struct Backward {
     if (s.nq == 0 || s.nk == 0) return;
     const QueryTile first = query_tile_of(p, s, kv_head, first_tile);
     announce_queries(s, b, first, rows_from(s, first, tiles), stream);
-    const int64_t left = keys_before_padding(mask_of(b), s.nk) - key_begin;
+    const int64_t left = keys_before_padding(mask_of(p, b), s.nk) - key_begin;
     const int64_t count = left < kKeyTile ? left : kKeyTile, row0 = s.k0 + key_begin;
     stream.add(row_of<const Storage>(p, p.k, b, kv_head, row0), p.k.stride_n, count, p.head_dim);
     stream.add(row_of<const Storage>(p, p.v, b, kv_head, row0), p.v.stride_n, count, p.head_dim_v);

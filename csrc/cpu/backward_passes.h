@@ -54,7 +54,7 @@ struct KeyPass : Backward<T, E> {
     const Sequence s = sequence_of(p, entry.b);
     const Visibility visible = visibility_of(p, s);
     const int64_t tiles = ceil_div(s.nq, kQueryTile) * group();
-    const int64_t last_key = keys_before_padding(this->mask_of(entry.b), s.nk);
+    const int64_t last_key = keys_before_padding(mask_of(p, entry.b), s.nk);
     __builtin_memset(diagonals, 0, (size_t)(group() * diagonals_ld) * sizeof(float));
     for (int64_t index = entry.begin; index < entry.end; ++index) {
       const int64_t begin = index * kKeyTile, end = begin + kKeyTile < s.nk ? begin + kKeyTile : s.nk;
@@ -242,7 +242,7 @@ struct QueryPass : Backward<T, E> {
     }
     int64_t key_begin, key_end;
     key_range_of(visible, tiles, count, &key_begin, &key_end);
-    key_end = keys_before_padding(this->mask_of(entry.b), key_end);
+    key_end = keys_before_padding(mask_of(p, entry.b), key_end);
     KeyTile keys;
     for (int64_t j = key_begin; j < key_end; j = (j / kKeyTile + 1) * kKeyTile) {
       const int64_t stop = (j / kKeyTile + 1) * kKeyTile;

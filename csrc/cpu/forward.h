@@ -69,7 +69,7 @@ struct Forward {
   void run(const Entry& entry, int64_t kv_head, const Entry* next, int64_t next_head) {
     const Sequence s = sequence_of(p, entry.b);
     const Visibility visible = visibility_of(p, s);
-    const uint8_t* mask = mask_of(entry.b);
+    const uint8_t* mask = mask_of(p, entry.b);
     const int tile_count = (int)(entry.end - entry.begin);
     QueryTile tiles[kTilesPerUnit];
     const Unit* q[kTilesPerUnit];
@@ -186,10 +186,6 @@ struct Forward {
     return buffer;
   }
 
-  const uint8_t* mask_of(int64_t b) const {
-    return p.key_mask == nullptr ? nullptr : p.key_mask + b * p.key_mask_stride_b;
-  }
-
   // What the next unit reads and writes first.
   void announce(const Entry& next, int64_t head, Stream& stream) const {
     const Sequence s = sequence_of(p, next.b);
@@ -199,7 +195,7 @@ struct Forward {
                p.head_dim);
     stream.add(row_of<const Storage>(p, result.out, next.b, tile.head, s.q0 + tile.i0), result.out.stride_n,
                rows, p.head_dim_v);
-    const int64_t keys = keys_before_padding(mask_of(next.b), s.nk < kKeyTile ? s.nk : kKeyTile);
+    const int64_t keys = keys_before_padding(mask_of(p, next.b), s.nk < kKeyTile ? s.nk : kKeyTile);
     stream.add(row_of<const Storage>(p, p.k, next.b, head, s.k0), p.k.stride_n, keys, p.head_dim);
     stream.add(row_of<const Storage>(p, p.v, next.b, head, s.k0), p.v.stride_n, keys, p.head_dim_v);
   }

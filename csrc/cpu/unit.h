@@ -17,6 +17,11 @@ inline QueryTile query_tile_of(const fastattn_problem& p, const Sequence& s, int
   return {kv_head * group + tile / per_head, i0, (int)(s.nq - i0 < kQueryTile ? s.nq - i0 : kQueryTile)};
 }
 
+// A sequence's key mask, or null.
+inline const uint8_t* mask_of(const fastattn_problem& p, int64_t b) {
+  return p.key_mask == nullptr ? nullptr : p.key_mask + b * p.key_mask_stride_b;
+}
+
 // Rows of `tiles` query tiles from the first on, as far as they are of its head.
 inline int64_t rows_from(const Sequence& s, const QueryTile& first, int64_t tiles) {
   const int64_t rows = tiles * kQueryTile, left = s.nq - first.i0;

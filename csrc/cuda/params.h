@@ -42,8 +42,8 @@ struct alignas(8) RowStatistics {
 struct Params {
   TensorArg q, k, v, out, dout, dq, dk, dv;
   RowArg lse, dlse;
-  int32_t wants_dk, wants_dv;
-  RowStatistics* rows;  // workspace of backward: rows_stride_b, rows_stride_h
+  int32_t wants_dk, wants_dv;  // whether those have data, for loops that ask in every step
+  RowStatistics* rows;         // workspace of backward: rows_stride_b, rows_stride_h
   int64_t rows_stride_b, rows_stride_h;
 
   // Workspace of a forward pass split over keys: (split, batch, head, query) rows of head_dim_v floats, and

@@ -17,7 +17,7 @@ struct DropoutStream {
   // The 8 x 16 random bits of query i and the keys j, j + 16, ... of j's block of 128: lane = j % 16.
   __device__ __forceinline__ void draw(uint32_t (&r)[4], int i, int block, int lane) const {
     r[0] = i, r[1] = block * kDropoutLanes + lane, r[2] = head, r[3] = batch;
-    philox<ScalarMulHi>(seed, r);
+    philox(seed, r);
   }
 };
 

@@ -77,12 +77,12 @@ def forward_config(
     if itemsize == 4:
         return _tf32_config("forward", dim) if tf32 else _fp32_config(dim)
     if dim <= 64:
-        # 32 query rows a warp share each key fragment: fewer shared-memory loads for each matrix instruction.
         if dropout and not biased and arch == 90:
             # A draw of Philox serves eight keys of 128: 2.08 for 3.03. Below sm_90 128 keys spill.
             return TileConfig(128, 128, 8, 3)
         if shaped:
             return TileConfig(64, 64, 4, 3)  # what shapes the scores takes the registers of the taller tile
+        # 32 query rows a warp share each key fragment: fewer shared-memory loads for each matrix instruction.
         return TileConfig(128, 64, 4, 3) if arch < 90 else TileConfig(128, 128, 8, 3)
     if dim <= 128:
         if arch in (90, 100):

@@ -20,8 +20,9 @@ from torch import Tensor
 from fastattn import philox, reference
 
 FP32 = torch.finfo(torch.float32).eps / 2
-LEAST_WEIGHT = torch.finfo(torch.float32).smallest_normal
-"""Weights below it may count as 0: an exponential that gives the least bits of them would cost more."""
+LEAST = torch.finfo(torch.float32).smallest_normal
+"""Weights below it may count as 0: an exponential that gives the least bits of them would cost more. In
+bfloat16 any operand or product may: x86's matrix instructions know no denormal numbers."""
 
 
 @dataclass
@@ -128,11 +129,12 @@ def _deviations(case, x: dict[str, Tensor], inside: Inside) -> dict[str, Tensor]
     relative = FP32 * (4.0 + scores + lse + scale * _norm(q) * _norm(k).mT)
     dropped = weights * inside.kept
     of_dropped = _rounding(dropped, case.dtype) ** 2 + ((relative + steps) * dropped) ** 2
-    least = LEAST_WEIGHT * (weights > 0.0).double()
+    least = LEAST * (weights > 0.0).double()
+    flushed = torch.tensor(LEAST**2 if case.dtype is torch.bfloat16 else 0.0, dtype=torch.float64)
     of_dropped += least**2
 
     def result(name: str) -> Tensor:
-        return (_rounding(x[name], case.dtype) + steps * x[name].abs()) ** 2
+        return (_rounding(x[name], case.dtype) + steps * x[name].abs()) ** 2 + flushed * (x[name] != 0.0)
 
     found = {"lse": FP32 * (1.0 + lse[..., 0]) + (relative * weights).norm(dim=-1)}
     of_out = of_dropped @ v**2 + result("out")
@@ -150,7 +152,7 @@ def _deviations(case, x: dict[str, Tensor], inside: Inside) -> dict[str, Tensor]
     delta = ((x["out"] * dout).sum(-1) - x["dlse"])[..., None].abs()
     dweights = _norm(dout) * _norm(v).mT * inside.kept + delta
     cell = _rounding(inside.dscores, case.dtype) ** 2 + ((relative + steps) * inside.dscores) ** 2
-    cell += ((FP32 * weights + least) * dweights) ** 2
+    cell += ((FP32 * weights + least) * dweights) ** 2 + flushed * (inside.dscores != 0.0)
     row = weights * of_delta
     found["dbias"] = found["drelative_bias"] = (cell, row)
     cell, row = cell * slope**2 + (inside.dscores * of_slope) ** 2, row * slope

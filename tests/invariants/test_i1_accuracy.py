@@ -160,6 +160,18 @@ def test_denormal_numbers_in_half_precision(cpu, poisoned, dtype, rows):
         assert (result.double() - reference).abs().max() <= allowed
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_weights_that_fade_below_the_normal_numbers(cpu, poisoned, dtype):
+    """ALiBi over 257 keys: gradients of scores grow small enough to be rounded to nothing."""
+    case = Case(
+        dtype=dtype, lengths=((1, 1), (1, 257)), packed=True, head_dim=1, head_dim_v=1, alibi="heads",
+        relative_bias=True, wanted=("q", "k", "v", "relative_bias"),
+        options={"dropout_p": 0.1, "seed": 3},
+    )  # fmt: skip
+    for _ in range(15):
+        oracle.check(case)
+
+
 @pytest.mark.parametrize("rows", [3, 40])
 def test_a_score_of_plus_infinity_spoils_its_own_row_alone(cpu, poisoned, rows):
     """inf - inf has no value: such a row is NaN as in eager attention, and the others are as without it.

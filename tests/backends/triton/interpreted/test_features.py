@@ -132,6 +132,7 @@ def test_some_combinations(case):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(oracle.cases())
 def test_any_combination(case):

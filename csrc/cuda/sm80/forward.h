@@ -12,7 +12,8 @@ namespace fastattn {
 
 template <typename T, int kDim, typename V>
 struct ForwardShape {
-  static constexpr ForwardTile kTile = forward_tile(sizeof(T), kDim, !V::kTransforms && !V::kDropout);
+  static constexpr ForwardTile kTile =
+      forward_tile(sizeof(T), kDim, !V::kTransforms && !V::kDropout, V::kBias);
   using QTile = Tile<T, kTile.block_q(), kDim>;
   using KTile = Tile<T, kTile.block_k, kDim>;
   static constexpr int kStageBytes = 2 * KTile::kBytes;
@@ -42,13 +43,13 @@ __global__ void __launch_bounds__(ForwardShape<T, kDim, V>::kTile.threads())
   // Blocks with the most keys under a causal mask come first in the grid.
   const int q_tiles = ceil_div(p.len_q, kBlockQ);
   const Place place(q_tiles * p.splits, p.heads);
-  const int split = place.tile % p.splits, head = place.head;
+  const int head = place.head;
   const int first_q = (q_tiles - 1 - place.tile / p.splits) * kBlockQ;
   const Sequence s(p, place.batch);
   if (first_q >= s.len_q) return;
   const Band band(p, s);
   TileWalk walk = walk_keys<kBlockK>(p, s, band, first_q, kBlockQ);
-  walk.take_split(split, p.splits);
+  walk.take_split(place.tile % p.splits, p.splits);
 
   KeySource<KTile, kThreads> source(p, s, head / p.group);
   const auto load = [&](int step, int stage, auto next) { source.load(k_tile(stage), walk, step, next); };
@@ -154,7 +155,11 @@ __global__ void __launch_bounds__(ForwardShape<T, kDim, V>::kTile.threads())
       store_accumulators<QTile>(q_tile, warp_row + 16 * m, out[m], inverse[0], inverse[1]);
       continue;
     }
-    // Partial results of a split go out as they are, in fp32; auxiliary.cu merges them.
+    // Partial results of a split go out as they are, in fp32; auxiliary.cu merges them. Which split it is
+    // gets computed anew: kept since the beginning it would cost the loops a register.
+    int block = blockIdx.x, splits = p.splits;
+    ptx::pin(block), ptx::pin(splits);
+    const int split = block % (ceil_div(p.len_q, kBlockQ) * splits) % splits;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int i = row + 16 * m + 8 * half;

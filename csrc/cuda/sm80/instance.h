@@ -15,7 +15,7 @@ KernelSet kernel_set(int dtype) {
   using F = ForwardShape<T, kDim, V>;
   set.forward = {forward<T, kDim, V>, F::kTile.threads(), F::kSharedBytes, F::kTile.block_q(),
                  F::kTile.block_k};
-  using K = KeyGradientShape<T, kDim>;
+  using K = KeyGradientShape<T, kDim, V>;
   const Kernel keys = {nullptr, K::kTile.threads(), K::kSharedBytes, K::kTile.block_q, K::kTile.block_k()};
   if constexpr (K::kTile.both) {
     set.dkdv = keys;
@@ -25,11 +25,11 @@ KernelSet kernel_set(int dtype) {
     set.dk.function = key_gradient<T, kDim, V, true, false>;
     set.dv.function = key_gradient<T, kDim, V, false, true>;
   }
-  using Q = QueryGradientShape<T, kDim>;
+  using Q = QueryGradientShape<T, kDim, V>;
   set.dq = {query_gradient<T, kDim, V>, Q::kTile.threads(), Q::kSharedBytes, Q::kTile.block_q(),
             Q::kTile.block_k};
   // No room for four tiles of 32 rows at fp32 and 256: that gradient is refused (launch.cpp).
-  if constexpr (V::kPosition && sizeof(T) * kDim <= 512) {
+  if constexpr ((V::kBias || V::kRelative) && sizeof(T) * kDim <= 512) {
     using S = ScoreGradientShape<T, kDim>;
     set.score_gradient = {score_gradient<T, kDim, V>, S::kThreads, S::kSharedBytes, S::kSide, S::kSide};
   }

@@ -25,9 +25,9 @@ struct HeadJump {
   int queries;
 };
 
-template <typename T, int kDim>
+template <typename T, int kDim, typename V>
 struct KeyGradientShape {
-  static constexpr KeyGradientTile kTile = key_gradient_tile(sizeof(T), kDim);
+  static constexpr KeyGradientTile kTile = key_gradient_tile(sizeof(T), kDim, V::kRelative);
   using QTile = Tile<T, kTile.block_q, kDim>;
   using KTile = Tile<T, kTile.block_k(), kDim>;
   using Keep = KeepBytes<kTile.block_q>;
@@ -58,9 +58,9 @@ struct HeadWalk {
 
 // What a block copies for a step, as one thread sees it: q, dout, and a word of their rows' statistics. Next
 // to an unmasked step is one a tile further, or the first of the next head, and all its rows exist.
-template <typename T, int kDim>
+template <typename T, int kDim, typename V>
 class QuerySource {
-  using Shape = KeyGradientShape<T, kDim>;
+  using Shape = KeyGradientShape<T, kDim, V>;
   using QTile = typename Shape::QTile;
   using Rows = typename Shape::Rows;
   static constexpr int kBlockQ = Shape::kTile.block_q, kThreads = Shape::kTile.threads();
@@ -119,9 +119,9 @@ class QuerySource {
 };
 
 template <typename T, int kDim, typename V, bool kDk, bool kDv>
-__global__ void __launch_bounds__(KeyGradientShape<T, kDim>::kTile.threads())
+__global__ void __launch_bounds__(KeyGradientShape<T, kDim, V>::kTile.threads())
     key_gradient(const __grid_constant__ Params p) {
-  using Shape = KeyGradientShape<T, kDim>;
+  using Shape = KeyGradientShape<T, kDim, V>;
   using QTile = typename Shape::QTile;
   using KTile = typename Shape::KTile;
   using Keep = typename Shape::Keep;
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(KeyGradientShape<T, kDim>::kTile.threads())
       1u << (first_k + warp_row) / kDropoutLanes % kDropoutSlots;  // of this warp's keys
   const HeadWalk walk{walk_queries<kBlockQ>(s, band, first_k, kBlockK, all_visible), p.group};
 
-  QuerySource<T, kDim> source(shared, p, walk);
+  QuerySource<T, kDim, V> source(shared, p, walk);
   const auto load = [&](int step, int stage, auto next) {
     source.load(q_tile(stage), rows_of(stage), p, s, walk, kv_head, step, next);
     if constexpr (V::kDropout) {

@@ -69,9 +69,9 @@ struct ScoreGradient {
   }
 };
 
-template <typename T, int kDim>
+template <typename T, int kDim, typename V>
 struct QueryGradientShape {
-  static constexpr QueryGradientTile kTile = query_gradient_tile(sizeof(T), kDim);
+  static constexpr QueryGradientTile kTile = query_gradient_tile(sizeof(T), kDim, V::kBias);
   using QTile = Tile<T, kTile.block_q(), kDim>;
   using KTile = Tile<T, kTile.block_k, kDim>;
   static constexpr int kStageBytes = stage_bytes(2 * KTile::kBytes);
@@ -81,9 +81,9 @@ struct QueryGradientShape {
 };
 
 template <typename T, int kDim, typename V>
-__global__ void __launch_bounds__(QueryGradientShape<T, kDim>::kTile.threads())
+__global__ void __launch_bounds__(QueryGradientShape<T, kDim, V>::kTile.threads())
     query_gradient(const __grid_constant__ Params p) {
-  using Shape = QueryGradientShape<T, kDim>;
+  using Shape = QueryGradientShape<T, kDim, V>;
   using QTile = typename Shape::QTile;
   using KTile = typename Shape::KTile;
   using CleanK = Cleaner<KTile>;

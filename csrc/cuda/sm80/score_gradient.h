@@ -23,38 +23,47 @@ struct ScoreGradientShape {
   static_assert(kSharedBytes <= kSharedLimit);
 };
 
-// The tiles a block goes through: sequences x heads x a rectangle or a diagonal of tiles.
+// The tile a block is at, of those it goes through: sequences x heads x a rectangle or a diagonal of tiles.
+// Counted on, not divided out of the number of a step: the reciprocals would take the loop's registers.
+template <typename V>
 struct ScoreSteps {
-  int first_batch, batches, first_head, heads, first_q, first_k, tiles, width;
+  int q, k, head, batch;
+  int first_q, end_q, first_k, end_k, first_head, end_head, first_batch, end_batch;
   bool diagonal;
 
-  __device__ __forceinline__ ScoreSteps(const Params& p, int side)
-      : diagonal(p.drelative_partial != nullptr) {
+  __device__ __forceinline__ ScoreSteps(const Params& p, int side) {
+    // The variant of everything asks at run time which gradient is wanted.
+    diagonal = V::kRelative && (!V::kBias || p.drelative_partial != nullptr);
     const int q_tiles = ceil_div(p.len_q, side), k_tiles = ceil_div(p.len_k, side);
     int index = blockIdx.x;
     if (diagonal) {
       const int offset = index % p.diagonals - (q_tiles - 1);  // k tile - q tile
-      first_head = index / p.diagonals, heads = 1;
-      first_batch = 0, batches = p.batch;
+      first_head = index / p.diagonals, end_head = first_head + 1;
+      first_batch = 0, end_batch = p.batch;
       first_q = max(0, -offset), first_k = first_q + offset;
-      tiles = min(q_tiles - first_q, k_tiles - first_k), width = 1;
-      return;
+      end_q = min(q_tiles, k_tiles - offset), end_k = k_tiles;
+    } else {
+      const int k_blocks = p.dbias_k == 1 ? 1 : k_tiles, q_blocks = p.dbias_q == 1 ? 1 : q_tiles;
+      first_k = index % k_blocks, index /= k_blocks;
+      first_q = index % q_blocks, index /= q_blocks;
+      first_head = index % p.dbias_heads, first_batch = index / p.dbias_heads;
+      end_k = p.dbias_k == 1 ? k_tiles : first_k + 1, end_q = p.dbias_q == 1 ? q_tiles : first_q + 1;
+      end_head = p.dbias_heads == 1 ? p.heads : first_head + 1;
+      end_batch = p.dbias_batch == 1 ? p.batch : first_batch + 1;
     }
-    const int k_blocks = p.dbias_k == 1 ? 1 : k_tiles, q_blocks = p.dbias_q == 1 ? 1 : q_tiles;
-    first_k = index % k_blocks, index /= k_blocks;
-    first_q = index % q_blocks, index /= q_blocks;
-    first_head = index % p.dbias_heads, first_batch = index / p.dbias_heads;
-    heads = p.dbias_heads == 1 ? p.heads : 1, batches = p.dbias_batch == 1 ? p.batch : 1;
-    width = p.dbias_k == 1 ? k_tiles : 1;
-    tiles = width * (p.dbias_q == 1 ? q_tiles : 1);
+    q = first_q, k = first_k, head = first_head, batch = first_batch;
   }
-  __device__ __forceinline__ int count() const { return batches * heads * tiles; }
-  __device__ __forceinline__ void at(int step, int& batch, int& head, int& q, int& k) const {
-    const int local = step % tiles;
-    head = first_head + step / tiles % heads;
-    batch = first_batch + step / tiles / heads;
-    q = first_q + (diagonal ? local : local / width);
-    k = first_k + (diagonal ? local : local % width);
+  __device__ __forceinline__ bool done() const { return batch >= end_batch; }
+  __device__ __forceinline__ void next() {
+    ++k;
+    if (!diagonal) {
+      if (k < end_k) return;
+      k = first_k;
+    }
+    if (++q < end_q) return;
+    q = first_q, k = first_k;
+    if (++head < end_head) return;
+    head = first_head, ++batch;
   }
 };
 
@@ -69,14 +78,13 @@ __global__ void __launch_bounds__(ScoreGradientShape<T, kDim>::kThreads)
   const uint32_t k_tile = dout_tile + Operands::kBytes, v_tile = k_tile + Operands::kBytes;
   const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16;
 
-  const ScoreSteps steps(p, kSide);
   float sums[kTiles][4] = {};
-  for (int step = 0; step < steps.count(); ++step) {
-    int batch, head, q_index, k_index;
-    steps.at(step, batch, head, q_index, k_index);
-    const Sequence s(p, batch);
+  ScoreSteps<V> steps(p, kSide);
+  for (; !steps.done(); steps.next()) {
+    const int head = steps.head;
+    const Sequence s(p, steps.batch);
     const Band band(p, s);
-    const int first_q = q_index * kSide, first_k = k_index * kSide, kv_head = head / p.group;
+    const int first_q = steps.q * kSide, first_k = steps.k * kSide, kv_head = head / p.group;
     const int last_q = min(first_q + kSide, s.len_q) - 1;
     if (first_q >= s.len_q || first_k >= s.len_k || first_k > last_q + band.high ||
         first_k + kSide - 1 < first_q + band.low)

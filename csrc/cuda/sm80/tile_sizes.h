@@ -22,7 +22,7 @@ struct ForwardTile {
   __host__ __device__ constexpr int threads() const { return warps * 32; }
 };
 
-__host__ __device__ constexpr ForwardTile forward_tile(int element_bytes, int dim, bool plain) {
+__host__ __device__ constexpr ForwardTile forward_tile(int element_bytes, int dim, bool plain, bool bias) {
   const int row = element_bytes * dim;
   if (element_bytes == 4) {  // both halves of every fp32 operand take registers: q stays in shared memory
     if (row <= 256) return {4, 1, 64, false};
@@ -30,8 +30,8 @@ __host__ __device__ constexpr ForwardTile forward_tile(int element_bytes, int di
     return {2, 1, 16, false};
   }
   if (row <= 128 && plain) return {4, 2, 64, true};
-  if (row <= 256) return {8, 1, 64, true};
-  return {4, 1, 32, false};  // 128 registers of output leave no room for q
+  if (row <= 256) return {8, 1, 64, !bias};  // where the bias lies takes registers
+  return {4, 1, 32, false};                  // 128 registers of output leave no room for q
 }
 
 // dk and dv: a warp owns 16 keys and steps through queries.
@@ -45,15 +45,14 @@ struct KeyGradientTile {
   __host__ __device__ constexpr int threads() const { return warps * 32; }
 };
 
-__host__ __device__ constexpr KeyGradientTile key_gradient_tile(int element_bytes, int dim) {
+__host__ __device__ constexpr KeyGradientTile key_gradient_tile(int element_bytes, int dim, bool relative) {
   const int row = element_bytes * dim;
   if (element_bytes == 4) {
     if (dim <= 64) return {4, 32, 2, false, true};
     if (dim <= 128) return {4, 16, 2, false, true};
     return {2, 16, 1, false, false};
   }
-  if (row <= 64) return {8, 64, 2, true, true};
-  if (row <= 128) return {8, 64, 2, true, true};
+  if (row <= 128) return {8, 64, 2, !relative, true};  // what finds a diagonal's element takes registers
   if (row <= 256) return {8, 32, 2, false, true};
   return {4, 16, 2, false, false};  // 2 x 128 accumulators a thread do not fit
 }
@@ -68,15 +67,15 @@ struct QueryGradientTile {
   __host__ __device__ constexpr int threads() const { return warps * 32; }
 };
 
-__host__ __device__ constexpr QueryGradientTile query_gradient_tile(int element_bytes, int dim) {
+__host__ __device__ constexpr QueryGradientTile query_gradient_tile(int element_bytes, int dim, bool bias) {
   const int row = element_bytes * dim;
   if (element_bytes == 4) {
     if (row <= 256) return {4, 32, 2, false};
     if (row <= 512) return {4, 16, 2, false};
     return {2, 16, 1, false};  // q, dout and one stage fill shared memory
   }
-  if (row <= 128) return {8, 64, 2, true};
-  if (row <= 256) return {8, 32, 2, true};
+  if (row <= 128) return {8, 64, 2, !bias};
+  if (row <= 256) return {8, 32, 2, !bias};
   return {4, 16, 2, false};
 }
 

@@ -131,7 +131,7 @@ def _deviations(case, x: dict[str, Tensor], inside: Inside) -> dict[str, Tensor]
     of_dropped = _rounding(dropped, case.dtype) ** 2 + ((relative + steps) * dropped) ** 2
     least = LEAST * (weights > 0.0).double()
     flushed = torch.tensor(LEAST**2 if case.dtype is torch.bfloat16 else 0.0, dtype=torch.float64)
-    of_dropped += least**2
+    of_dropped += (least * inside.kept) ** 2
 
     def result(name: str) -> Tensor:
         return (_rounding(x[name], case.dtype) + steps * x[name].abs()) ** 2 + flushed * (x[name] != 0.0)

@@ -161,12 +161,13 @@ def test_denormal_numbers_in_half_precision(cpu, poisoned, dtype, rows):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_weights_that_fade_below_the_normal_numbers(cpu, poisoned, dtype):
-    """ALiBi over 257 keys: gradients of scores grow small enough to be rounded to nothing."""
+@pytest.mark.parametrize("dropout_p", [0.1, 0.9])
+def test_weights_that_fade_below_the_normal_numbers(cpu, poisoned, dtype, dropout_p):
+    """ALiBi over 257 keys: weights and gradients of scores grow small enough to be rounded to nothing."""
     case = Case(
-        dtype=dtype, lengths=((1, 1), (1, 257)), packed=True, head_dim=1, head_dim_v=1, alibi="heads",
+        dtype=dtype, lengths=((1, 1), (4, 257)), packed=True, head_dim=1, head_dim_v=1, alibi="heads",
         relative_bias=True, wanted=("q", "k", "v", "relative_bias"),
-        options={"dropout_p": 0.1, "seed": 3},
+        options={"dropout_p": dropout_p, "seed": 3},
     )  # fmt: skip
     for _ in range(15):
         oracle.check(case)

@@ -130,7 +130,9 @@ def _deviations(case, x: dict[str, Tensor], inside: Inside) -> dict[str, Tensor]
     dropped = weights * inside.kept
     of_dropped = _rounding(dropped, case.dtype) ** 2 + ((relative + steps) * dropped) ** 2
     least = LEAST * (weights > 0.0).double()
-    flushed = torch.tensor(LEAST**2 if case.dtype is torch.bfloat16 else 0.0, dtype=torch.float64)
+    # Squared; what is flushed is multiplied with dropout's scale later on.
+    flushed = LEAST * philox.keep_scale(case.options.get("dropout_p", 0.0))
+    flushed = torch.tensor(flushed**2 if case.dtype is torch.bfloat16 else 0.0, dtype=torch.float64)
     of_dropped += (least * inside.kept) ** 2
 
     def result(name: str) -> Tensor:

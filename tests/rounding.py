@@ -130,13 +130,16 @@ def _deviations(case, x: dict[str, Tensor], inside: Inside) -> dict[str, Tensor]
     dropped = weights * inside.kept
     of_dropped = _rounding(dropped, case.dtype) ** 2 + ((relative + steps) * dropped) ** 2
     least = LEAST * (weights > 0.0).double()
-    # Squared; what is flushed is multiplied with dropout's scale later on.
-    flushed = LEAST * philox.keep_scale(case.options.get("dropout_p", 0.0))
-    flushed = torch.tensor(flushed**2 if case.dtype is torch.bfloat16 else 0.0, dtype=torch.float64)
+    flushed = 0.0
+    if case.dtype is torch.bfloat16:  # dropout's scale would have multiplied it later on
+        flushed = LEAST * philox.keep_scale(case.options.get("dropout_p", 0.0))
     of_dropped += (least * inside.kept) ** 2
 
+    def of_flushed(results: Tensor) -> Tensor:
+        return (flushed * (results != 0.0).double()) ** 2
+
     def result(name: str) -> Tensor:
-        return (_rounding(x[name], case.dtype) + steps * x[name].abs()) ** 2 + flushed * (x[name] != 0.0)
+        return (_rounding(x[name], case.dtype) + steps * x[name].abs()) ** 2 + of_flushed(x[name])
 
     found = {"lse": FP32 * (1.0 + lse[..., 0]) + (relative * weights).norm(dim=-1)}
     of_out = of_dropped @ v**2 + result("out")
@@ -154,7 +157,7 @@ def _deviations(case, x: dict[str, Tensor], inside: Inside) -> dict[str, Tensor]
     delta = ((x["out"] * dout).sum(-1) - x["dlse"])[..., None].abs()
     dweights = _norm(dout) * _norm(v).mT * inside.kept + delta
     cell = _rounding(inside.dscores, case.dtype) ** 2 + ((relative + steps) * inside.dscores) ** 2
-    cell += ((FP32 * weights + least) * dweights) ** 2 + flushed * (inside.dscores != 0.0)
+    cell += ((FP32 * weights + least) * dweights) ** 2 + of_flushed(inside.dscores)
     row = weights * of_delta
     found["dbias"] = found["drelative_bias"] = (cell, row)
     cell, row = cell * slope**2 + (inside.dscores * of_slope) ** 2, row * slope

@@ -74,7 +74,7 @@ __host__ __device__ constexpr QueryGradientTile query_gradient_tile(int element_
     if (row <= 512) return {4, 16, 2, false};
     return {2, 16, 1, false};  // q, dout and one stage fill shared memory
   }
-  if (row <= 128) return {8, 64, 2, !bias};
+  if (row <= 128) return {8, 64, 2, !bias};  // as in forward
   if (row <= 256) return {8, 32, 2, !bias};
   return {4, 16, 2, false};
 }

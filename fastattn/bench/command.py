@@ -57,6 +57,7 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
     import torch
 
     import fastattn
+    from fastattn.dispatch import load
     from fastattn.finetune.measure import machine, versions
 
     from . import gpu, peak
@@ -81,7 +82,7 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
         isa = arguments.backend
         roof, on = gpu.measure_peak(device), on | gpu.machine()
     else:
-        isa = _isa(arguments.backend)
+        isa = load("cpu").isa() if arguments.backend == "cpu" else arguments.backend
         roof = peak.measure(isa, torch.get_num_threads())
     print(_heading(on, roof))
     context = {
@@ -222,14 +223,6 @@ def _known(argument: str, name: str, allowed) -> str:
     if name not in allowed:
         raise InvalidArgumentError(argument, name, ", ".join(allowed))
     return name
-
-
-def _isa(backend: str) -> str:
-    if backend != "cpu":
-        return backend
-    from fastattn.backends.cpu.library import open_library
-
-    return open_library().fastattn_cpu_isa().decode()
 
 
 def _heading(machine: dict, roof) -> str:

@@ -222,6 +222,9 @@ def test_an_instruction_set_that_is_not_there_is_refused_by_name(cpu, monkeypatc
         with pytest.raises(FastattnError, match=name) as caught:
             fastattn.attention(q, q, q, backend="cpu")
         assert all(isa in str(caught.value) for isa in cpu.isas()), "it says what there is"
+        with pytest.raises(FastattnError, match=f"FASTATTN_CPU_ISA is '?{name}'?,"):
+            fastattn.explain(q, q, q)
+        assert any(name in line and "refused" in line for line in cpu.details())
     for name in ("", *cpu.isas()):
         monkeypatch.setenv("FASTATTN_CPU_ISA", name)
         fastattn.attention(q, q, q, backend="cpu")

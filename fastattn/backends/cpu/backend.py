@@ -55,7 +55,10 @@ class CpuBackend:
     def details(self) -> list[str]:
         if self.status() is not None:
             return []
-        return [f"instruction set: {self.isa()}, of {', '.join(self.isas())}"]
+        try:
+            return [f"instruction set: {self.isa()}, of {', '.join(self.isas())}"]
+        except FastattnError as error:
+            return [f"instruction set: none, so every call is refused: {error}"]
 
     def supports(self, problem: AttentionProblem) -> str | None:
         if problem.device.type != "cpu":
@@ -76,8 +79,11 @@ class CpuBackend:
         return isa
 
     def isa(self) -> str:
-        """The instruction set in use."""
-        return self._library.fastattn_cpu_isa().decode()
+        """The instruction set in use; FastattnError, as a call raises, where FASTATTN_CPU_ISA names none."""
+        isa = self._library.fastattn_cpu_isa().decode()
+        if not isa:
+            raise FastattnError(self._library.fastattn_last_error().decode())
+        return isa
 
     def isas(self) -> list[str]:
         """Every instruction set that this library has and this machine runs."""

@@ -237,8 +237,8 @@ FASTATTN_API const char* fastattn_last_error(void);
 
 /* ---- CPU ------------------------------------------------------------------------------------ */
 
-/* The instruction set in use, e.g. "avx2"; the environment variable FASTATTN_CPU_ISA lowers it. Where it names
-   none that there is: "", and fastattn_last_error says so. */
+/* The instruction set in use, e.g. "avx2"; the environment variable FASTATTN_CPU_ISA lowers it. Where it
+   names none that there is: "", and fastattn_last_error says so. */
 FASTATTN_API const char* fastattn_cpu_isa(void);
 
 /* Comma-separated names of all instruction sets compiled into this library that this machine runs. */

@@ -18,7 +18,16 @@ struct ForwardShape {
   using KTile = Tile<T, kTile.block_k, kDim>;
   static constexpr int kStageBytes = 2 * KTile::kBytes;
   static constexpr int kNotesOffset = QTile::kBytes + 2 * kStageBytes;
-  static constexpr int kSharedBytes = kNotesOffset + Cleaner<KTile>::kBytes;
+  // What the loops hold. Where registers run out, which of these to do without was found by counting words of
+  // local memory (none, says test_built_library.py); elsewhere holding a value is cheapest.
+  static constexpr bool kMovesOn = sizeof(T) == 2 && !V::kPosition;  // where the tiles are copied from
+  // Else, in the masked steps, of which there are few, what follows from a row or a head is computed anew.
+  static constexpr bool kHoldsRows = sizeof(T) == 4 || !V::kBias || kDim <= 64,
+                        kHoldsHead = kHoldsRows || kDim > 128;
+  // Else these wait in shared memory between the loops.
+  static constexpr bool kHoldsKeyPointers = kMovesOn || !kHoldsHead;
+  static constexpr int kPointersOffset = kNotesOffset + (Cleaner<KTile>::kBytes + 7) / 8 * 8;
+  static constexpr int kSharedBytes = kPointersOffset + (kHoldsKeyPointers ? 0 : int(sizeof(KeyPointers)));
   static_assert(kSharedBytes <= kSharedLimit);
 };
 
@@ -37,6 +46,7 @@ __global__ void __launch_bounds__(ForwardShape<T, kDim, V>::kTile.threads())
   extern __shared__ __align__(128) uint8_t shared[];
   const uint32_t q_tile = ptx::shared_address(shared), stages = q_tile + QTile::kBytes;
   uint32_t* notes = reinterpret_cast<uint32_t*>(shared + Shape::kNotesOffset);
+  KeyPointers* const pointers = reinterpret_cast<KeyPointers*>(shared + Shape::kPointersOffset);
   const auto k_tile = [&](int stage) { return stages + stage * Shape::kStageBytes; };
   const auto v_tile = [&](int stage) { return stages + stage * Shape::kStageBytes + KTile::kBytes; };
 
@@ -62,58 +72,61 @@ __global__ void __launch_bounds__(ForwardShape<T, kDim, V>::kTile.threads())
   float out[kM][kValueTiles][4];
   OnlineSoftmax<kM> softmax;
 
-  // Else there are no registers for where the tiles are copied from.
-  constexpr bool kMovesOn = sizeof(T) == 2 && !V::kPosition;
   const auto step_over = [&](int step, auto masked, auto careful) {
-    const int stage =
-        Pipeline<2>::begin(step, walk.count(), std::bool_constant < !masked.value && kMovesOn > {}, load);
+    const int stage = Pipeline<2>::begin(step, walk.count(),
+                                         std::bool_constant < !masked.value && Shape::kMovesOn > {}, load);
     const int first_k = walk.at(step) * kBlockK;
     if constexpr (careful.value) {
       CleanV::template clean<kThreads>(v_tile(stage), notes);
       __syncthreads();
     }
+    Sequence own = s;
+    int own_head = head, own_row = row;
+    if constexpr (masked.value && !Shape::kHoldsRows)
+      own.batch = ptx::uniform(s.batch), own_row = ptx::again(row);
+    if constexpr (masked.value && !Shape::kHoldsHead) own_head = ptx::uniform(head);
     float scores[kM][kKeyTiles][4];
     clear(scores);
     multiply_rows<KTile>(scores, q, k_tile(stage));
     if constexpr (V::kTransforms) {
-      const ScoreTransform<T, V> transform(p, s, head);
+      const ScoreTransform<T, V> transform(p, own, own_head);
 #pragma unroll
       for (int m = 0; m < kM; ++m)
 #pragma unroll
         for (int n = 0; n < kKeyTiles; ++n)
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            const int i = row + 16 * m + e / 2 * 8, j = first_k + 8 * n + lane % 4 * 2 + e % 2;
+            const int i = own_row + 16 * m + e / 2 * 8, j = first_k + 8 * n + lane % 4 * 2 + e % 2;
             float derivative;
             scores[m][n][e] = transform.template apply<!masked.value>(scores[m][n][e], i, j, derivative);
           }
     }
     if constexpr (masked.value) {
-      const KeyBits<kBlockK> keys(p, s, first_k);
+      const KeyBits<kBlockK> keys(p, own, first_k);
 #pragma unroll
       for (int m = 0; m < kM; ++m)
 #pragma unroll
         for (int n = 0; n < kKeyTiles; ++n)
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            const int i = row + 16 * m + e / 2 * 8, key = 8 * n + lane % 4 * 2 + e % 2;
+            const int i = own_row + 16 * m + e / 2 * 8, key = 8 * n + lane % 4 * 2 + e % 2;
             if (!keys.test(key) || !band.contains(i, first_k + key)) scores[m][n][e] = -INFINITY;
           }
     }
     softmax.update(scores, out, exponent_scale);
     if constexpr (V::kDropout) {
       if (p.dropout_threshold > 0) {
-        const DropoutStream stream(p, head, s.batch);
+        const DropoutStream stream(p, own_head, own.batch);
 #pragma unroll
         for (int m = 0; m < kM; ++m)
-          visit_dropout<kKeyTiles>(stream, row + 16 * m, first_k, [&](int n, int e, bool keep) {
+          visit_dropout<kKeyTiles>(stream, own_row + 16 * m, first_k, [&](int n, int e, bool keep) {
             scores[m][n][e] = keep ? scores[m][n][e] : 0.0f;
           });
       }
     }
     multiply_sum<KTile>(out, scores, v_tile(stage));
     if constexpr (careful.value)
-      CleanV::spoil(out, notes, KeyBits<kBlockK>(p, s, first_k), band, row, first_k);
+      CleanV::spoil(out, notes, KeyBits<kBlockK>(p, own, first_k), band, own_row, first_k);
   };
 
   const std::true_type yes;
@@ -121,6 +134,7 @@ __global__ void __launch_bounds__(ForwardShape<T, kDim, V>::kTile.threads())
   load_tile<QTile, kThreads>(q_tile, query_matrix<const T>(p.q, s, head, p.load_dim), first_q);
   ptx::cp_async_commit();
   Pipeline<2>::start(walk.count(), load);
+  if constexpr (!Shape::kHoldsKeyPointers) source.keep(pointers);
   ptx::cp_async_wait<1>();
   __syncthreads();
   q.init(q_tile, warp_row);
@@ -128,17 +142,27 @@ __global__ void __launch_bounds__(ForwardShape<T, kDim, V>::kTile.threads())
   softmax.init();
   int step = 0;
   for (; step < walk.masked(); ++step) step_over(step, yes, no);
+  if constexpr (!Shape::kHoldsKeyPointers) source.recall(pointers);
   for (; step < walk.count(); ++step) step_over(step, no, no);
   if (__syncthreads_or(!all_finite(out))) {
     // NaN or infinity among the values of keys that are masked for some rows, perhaps: see careful.h.
     walk.mask_all();
+    if constexpr (!Shape::kHoldsKeyPointers) source.recall(pointers);
     Pipeline<2>::start(walk.count(), load);
     clear(out);
     softmax.init();
     for (step = 0; step < walk.count(); ++step) step_over(step, yes, yes);
   }
 
-  // Epilogue. A warp's rows of the q tile are its own: they take its results on the way out.
+  // Epilogue. A warp's rows of the q tile are its own: they take its results on the way out. Where these go
+  // is computed anew: kept since the beginning it would cost the loops registers.
+  int splits = p.splits;
+  ptx::pin(splits);
+  const int out_tiles = ceil_div(p.len_q, kBlockQ);
+  const Place to(out_tiles * splits, p.heads);
+  const Sequence rows(p, to.batch);
+  const int split = to.tile % splits, to_q = (out_tiles - 1 - to.tile / splits) * kBlockQ;
+  const int to_row = to_q + warp_row + lane / 4;
   const float keep_scale = V::kDropout ? p.dropout_scale : 1.0f;
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
@@ -146,25 +170,21 @@ __global__ void __launch_bounds__(ForwardShape<T, kDim, V>::kTile.threads())
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       softmax.finish(m, half, inverse[half], lse[half]);
-      const int i = row + 16 * m + 8 * half;
+      const int i = to_row + 16 * m + 8 * half;
       inverse[half] *= keep_scale;
-      if (p.splits == 1 && p.lse.data != nullptr && lane % 4 == 0 && i < s.len_q)
-        row_pointer(p.lse, s, head)[i] = lse[half];
+      if (splits == 1 && p.lse.data != nullptr && lane % 4 == 0 && i < rows.len_q)
+        row_pointer(p.lse, rows, to.head)[i] = lse[half];
     }
-    if (p.splits == 1) {
+    if (splits == 1) {
       store_accumulators<QTile>(q_tile, warp_row + 16 * m, out[m], inverse[0], inverse[1]);
       continue;
     }
-    // Partial results of a split go out as they are, in fp32; auxiliary.cu merges them. Which split it is
-    // gets computed anew: kept since the beginning it would cost the loops a register.
-    int block = blockIdx.x, splits = p.splits;
-    ptx::pin(block), ptx::pin(splits);
-    const int split = block % (ceil_div(p.len_q, kBlockQ) * splits) % splits;
+    // Partial results of a split go out as they are, in fp32; auxiliary.cu merges them.
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int i = row + 16 * m + 8 * half;
-      if (i >= s.len_q) continue;
-      const int64_t at = ((int64_t(split) * p.batch + s.batch) * p.heads + head) * p.len_q + i;
+      const int i = to_row + 16 * m + 8 * half;
+      if (i >= rows.len_q) continue;
+      const int64_t at = ((int64_t(split) * p.batch + rows.batch) * p.heads + to.head) * p.len_q + i;
       if (lane % 4 == 0) p.partial_lse[at] = lse[half];
 #pragma unroll
       for (int n = 0; n < kValueTiles; ++n)
@@ -175,10 +195,10 @@ __global__ void __launch_bounds__(ForwardShape<T, kDim, V>::kTile.threads())
         }
     }
   }
-  if (p.splits == 1) {
+  if (splits == 1) {
     __syncwarp();
-    const auto out_matrix = query_matrix<T>(p.out, s, head, p.dim_v);
-    store_rows<QTile, kM * 16>(q_tile, warp_row, out_matrix, first_q);
+    const auto out_matrix = query_matrix<T>(p.out, rows, to.head, p.dim_v);
+    store_rows<QTile, kM * 16>(q_tile, warp_row, out_matrix, to_q);
   }
 }
 

@@ -39,6 +39,9 @@ struct KeyGradientShape {
                        kKeep = kRows + kTile.stages * kRowBytes, kJump = kKeep + Keep::kBytes,
                        kSharedBytes = kKeep + kTile.stages * kKeepBytes;
   static_assert(kSharedBytes <= kSharedLimit);
+  // Else registers run out: where the tiles are copied from, and what else a step can compute anew, is not
+  // held.
+  static constexpr bool kMovesOn = sizeof(T) == 2 && (kDim <= 128 || !V::kDropout);
 };
 
 // The steps of a block: all masked tiles of every head of the group, then all others.
@@ -91,7 +94,8 @@ class QuerySource {
       head += kv_head * p.group, first_q = tile * kBlockQ;
       q_at_.seek(query_matrix<const T>(p.q, s, head, p.load_dim), first_q);
       dout_at_.seek(query_matrix<const T>(p.dout, s, head, p.load_dim_v), first_q);
-      word_ = &row_statistics(p, s, head)[first_q + query()].lse2 + Rows::word(threadIdx.x);
+      const int index = Shape::kMovesOn ? threadIdx.x : ptx::again(threadIdx.x);
+      word_ = &row_statistics(p, s, head)[first_q + Rows::query(index)].lse2 + Rows::word(index);
     }
     q_at_.template load<!next.value>(q_tile, query_matrix<const T>(p.q, s, head, p.load_dim), first_q);
     dout_at_.template load<!next.value>(q_tile + QTile::kBytes,
@@ -142,7 +146,7 @@ __global__ void __launch_bounds__(KeyGradientShape<T, kDim, V>::kTile.threads())
 
   const Place place(ceil_div(p.len_k, kBlockK), p.kv_heads);
   const int kv_head = place.head, first_k = place.tile * kBlockK;
-  const Sequence s(p, place.batch);
+  Sequence s(p, place.batch);
   if (first_k >= s.len_k) return;
   const Band band(p, s);
   const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16;
@@ -165,7 +169,7 @@ __global__ void __launch_bounds__(KeyGradientShape<T, kDim, V>::kTile.threads())
     if constexpr (V::kDropout) {
       if (p.dropout_threshold > 0)
         Keep::template fill<kThreads>(keep_of(stage), DropoutStream(p, source.head, s.batch), source.first_q,
-                                      first_k);
+                                      Shape::kMovesOn ? first_k : ptx::uniform(first_k));
     }
   };
 
@@ -174,11 +178,10 @@ __global__ void __launch_bounds__(KeyGradientShape<T, kDim, V>::kTile.threads())
   clear(dk);
   clear(dv);
 
-  // Else there are no registers for where the tiles are copied from.
-  constexpr bool kMovesOn = sizeof(T) == 2 && (kDim <= 128 || !V::kDropout);
   const auto step_over = [&](int step, auto masked) {
+    if constexpr (!Shape::kMovesOn) s.batch = ptx::uniform(s.batch), s.first_q = ptx::uniform(int(s.first_q));
     const int stage =
-        Steps::begin(step, walk.count(), std::bool_constant < !masked.value && kMovesOn > {}, load);
+        Steps::begin(step, walk.count(), std::bool_constant < !masked.value && Shape::kMovesOn > {}, load);
     int h, tile;
     walk.at(step, h, tile);
     const int first_q = tile * kBlockQ;

@@ -1,6 +1,8 @@
 // Which keys a query sees, and which tiles need to ask.
 #pragma once
 
+#include <stddef.h>
+
 #include "sequence.h"
 
 namespace fastattn {
@@ -72,6 +74,11 @@ __device__ __forceinline__ TileWalk walk_queries(const Sequence& s, const Band& 
   return walk;
 }
 
+// Where the keys and values of a head lie: addresses.
+struct KeyPointers {
+  int64_t k, v;
+};
+
 // Keys and values of the steps of a walk, as one thread copies them. Next to an unmasked step is one a tile
 // further, and all its rows exist.
 template <typename KTile, int kThreads>
@@ -82,6 +89,17 @@ class KeySource {
   __device__ __forceinline__ KeySource(const Params& p, const Sequence& s, int kv_head)
       : k_(key_matrix<const T>(p.k, s, kv_head, p.load_dim)),
         v_(key_matrix<const T>(p.v, s, kv_head, p.load_dim_v)) {}
+
+  // Where they lie to shared memory, before a barrier; and back from there, so that nothing is held in
+  // between.
+  __device__ __forceinline__ void keep(KeyPointers* at) const {
+    if (threadIdx.x == 0) *at = {reinterpret_cast<int64_t>(k_.data), reinterpret_cast<int64_t>(v_.data)};
+  }
+  __device__ __forceinline__ void recall(const KeyPointers* at) {
+    const uint32_t from = ptx::shared_address(at);
+    k_.data = reinterpret_cast<const T*>(ptx::load_shared_s64(from + offsetof(KeyPointers, k)));
+    v_.data = reinterpret_cast<const T*>(ptx::load_shared_s64(from + offsetof(KeyPointers, v)));
+  }
 
   // To neighbouring tiles; `next` as in Pipeline.
   template <typename Next>

@@ -20,6 +20,10 @@ __device__ __forceinline__ void pin(int64_t& x) { asm volatile("" : "+l"(x)); }
 // and control flow that depends on it, then takes uniform registers and branches.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
+// Data Movement: shfl.sync, from each lane to itself. Like pin, but known to be new to ptxas too, which moves
+// what follows from a pinned value out of a loop again. So does uniform, of what all lanes have.
+__device__ __forceinline__ int again(int x) { return __shfl_xor_sync(0xffffffffu, x, 0); }
+
 // Integer Arithmetic Instructions: mad.wide. pointer + kRows * stride in one instruction, not hoisted out of
 // loops, where it would be two and more registers.
 template <int kRows, typename T>

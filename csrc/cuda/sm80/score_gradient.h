@@ -25,46 +25,47 @@ struct ScoreGradientShape {
 
 // The tile a block is at, of those it goes through: sequences x heads x a rectangle or a diagonal of tiles.
 // Counted on, not divided out of the number of a step: the reciprocals would take the loop's registers.
-template <typename V>
+template <int kSide, typename V>
 struct ScoreSteps {
   int q, k, head, batch;
-  int first_q, end_q, first_k, end_k, first_head, end_head, first_batch, end_batch;
+  int first_q, first_k, first_head, first_batch;
   bool diagonal;
 
-  __device__ __forceinline__ ScoreSteps(const Params& p, int side) {
+  __device__ __forceinline__ explicit ScoreSteps(const Params& p) {
     // The variant of everything asks at run time which gradient is wanted.
     diagonal = V::kRelative && (!V::kBias || p.drelative_partial != nullptr);
-    const int q_tiles = ceil_div(p.len_q, side), k_tiles = ceil_div(p.len_k, side);
     int index = blockIdx.x;
     if (diagonal) {
-      const int offset = index % p.diagonals - (q_tiles - 1);  // k tile - q tile
-      first_head = index / p.diagonals, end_head = first_head + 1;
-      first_batch = 0, end_batch = p.batch;
+      const int offset = index % p.diagonals - (q_tiles(p) - 1);  // k tile - q tile
+      first_head = index / p.diagonals, first_batch = 0;
       first_q = max(0, -offset), first_k = first_q + offset;
-      end_q = min(q_tiles, k_tiles - offset), end_k = k_tiles;
     } else {
-      const int k_blocks = p.dbias_k == 1 ? 1 : k_tiles, q_blocks = p.dbias_q == 1 ? 1 : q_tiles;
+      const int k_blocks = p.dbias_k == 1 ? 1 : k_tiles(p), q_blocks = p.dbias_q == 1 ? 1 : q_tiles(p);
       first_k = index % k_blocks, index /= k_blocks;
       first_q = index % q_blocks, index /= q_blocks;
       first_head = index % p.dbias_heads, first_batch = index / p.dbias_heads;
-      end_k = p.dbias_k == 1 ? k_tiles : first_k + 1, end_q = p.dbias_q == 1 ? q_tiles : first_q + 1;
-      end_head = p.dbias_heads == 1 ? p.heads : first_head + 1;
-      end_batch = p.dbias_batch == 1 ? p.batch : first_batch + 1;
     }
     q = first_q, k = first_k, head = first_head, batch = first_batch;
   }
-  __device__ __forceinline__ bool done() const { return batch >= end_batch; }
-  __device__ __forceinline__ void next() {
+  __device__ __forceinline__ bool done(const Params& p) const {
+    return batch >= (diagonal || p.dbias_batch == 1 ? p.batch : first_batch + 1);
+  }
+  __device__ __forceinline__ void next(const Params& p) {
     ++k;
     if (!diagonal) {
-      if (k < end_k) return;
+      if (p.dbias_k == 1 && k < k_tiles(p)) return;
       k = first_k;
     }
-    if (++q < end_q) return;
+    ++q;
+    if (diagonal ? q < q_tiles(p) && k < k_tiles(p) : p.dbias_q == 1 && q < q_tiles(p)) return;
     q = first_q, k = first_k;
-    if (++head < end_head) return;
+    if (!diagonal && p.dbias_heads == 1 && ++head < p.heads) return;
     head = first_head, ++batch;
   }
+
+ private:
+  __device__ __forceinline__ static int q_tiles(const Params& p) { return ceil_div(p.len_q, kSide); }
+  __device__ __forceinline__ static int k_tiles(const Params& p) { return ceil_div(p.len_k, kSide); }
 };
 
 template <typename T, int kDim, typename V>
@@ -79,8 +80,8 @@ __global__ void __launch_bounds__(ScoreGradientShape<T, kDim>::kThreads)
   const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16;
 
   float sums[kTiles][4] = {};
-  ScoreSteps<V> steps(p, kSide);
-  for (; !steps.done(); steps.next()) {
+  ScoreSteps<kSide, V> steps(p);
+  for (; !steps.done(p); steps.next(p)) {
     const int head = steps.head;
     const Sequence s(p, steps.batch);
     const Band band(p, s);

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,10 +21,8 @@ class Kernel(NamedTuple):
     """ "sm80 forward f16 64 plain", "sm90 key_gradient bf16 128", or the function's of auxiliary.cu."""
     matrix_kinds: frozenset[str]
     matrix_loops: int
-    spills_in_loops: int
-    """Loads and stores of local memory in innermost loops with products."""
     spills: int
-    """The same in the whole kernel."""
+    """Loads and stores of local memory."""
     main_loop: int | None
     """Instructions of the loop over unmasked tiles."""
 
@@ -54,7 +51,6 @@ def kernels(library: Path, folder: Path) -> list[Kernel]:
                     in_words(re.match(r"\.text\.(\S+):", part)[1]),
                     frozenset(sass.matrix_count(part)),
                     len(loops),
-                    sum(loop.spills for loop in loops),
                     len(re.findall(r"\b(?:LDL|STL)\b", part)),
                     main and main.instructions,
                 )
@@ -79,13 +75,3 @@ def _variant(features: int) -> str:
     if features in (0, 31):
         return "all" if features else "plain"
     return next(name for bit, name in VARIANTS.items() if features & bit)
-
-
-if __name__ == "__main__":
-    import json
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as scratch:
-        every = kernels(Path(sys.argv[1]).resolve(), Path(scratch))
-    spilling = {k.name: [k.spills_in_loops, k.spills] for k in every if k.spills}
-    print("{\n" + ",\n".join(f" {json.dumps(name)}: {spilling[name]}" for name in sorted(spilling)) + "\n}")

@@ -39,9 +39,10 @@ struct KeyGradientShape {
                        kKeep = kRows + kTile.stages * kRowBytes, kJump = kKeep + Keep::kBytes,
                        kSharedBytes = kKeep + kTile.stages * kKeepBytes;
   static_assert(kSharedBytes <= kSharedLimit);
-  // Else registers run out: where the tiles are copied from, and what else a step can compute anew, is not
-  // held.
+  // Else there are no registers for where the tiles are copied from.
   static constexpr bool kMovesOn = sizeof(T) == 2 && (kDim <= 128 || !V::kDropout);
+  // Else not even for what follows from a sequence or a thread: steps compute it anew.
+  static constexpr bool kHoldsPlaces = sizeof(T) == 2 || !V::kDropout;
 };
 
 // The steps of a block: all masked tiles of every head of the group, then all others.
@@ -94,7 +95,7 @@ class QuerySource {
       head += kv_head * p.group, first_q = tile * kBlockQ;
       q_at_.seek(query_matrix<const T>(p.q, s, head, p.load_dim), first_q);
       dout_at_.seek(query_matrix<const T>(p.dout, s, head, p.load_dim_v), first_q);
-      const int index = Shape::kMovesOn ? threadIdx.x : ptx::again(threadIdx.x);
+      const int index = Shape::kHoldsPlaces ? threadIdx.x : ptx::again(threadIdx.x);
       word_ = &row_statistics(p, s, head)[first_q + Rows::query(index)].lse2 + Rows::word(index);
     }
     q_at_.template load<!next.value>(q_tile, query_matrix<const T>(p.q, s, head, p.load_dim), first_q);
@@ -169,7 +170,7 @@ __global__ void __launch_bounds__(KeyGradientShape<T, kDim, V>::kTile.threads())
     if constexpr (V::kDropout) {
       if (p.dropout_threshold > 0)
         Keep::template fill<kThreads>(keep_of(stage), DropoutStream(p, source.head, s.batch), source.first_q,
-                                      Shape::kMovesOn ? first_k : ptx::uniform(first_k));
+                                      Shape::kHoldsPlaces ? first_k : ptx::uniform(first_k));
     }
   };
 
@@ -179,7 +180,8 @@ __global__ void __launch_bounds__(KeyGradientShape<T, kDim, V>::kTile.threads())
   clear(dv);
 
   const auto step_over = [&](int step, auto masked) {
-    if constexpr (!Shape::kMovesOn) s.batch = ptx::uniform(s.batch), s.first_q = ptx::uniform(int(s.first_q));
+    if constexpr (!Shape::kHoldsPlaces)
+      s.batch = ptx::uniform(s.batch), s.first_q = ptx::uniform(int(s.first_q));
     const int stage =
         Steps::begin(step, walk.count(), std::bool_constant < !masked.value && Shape::kMovesOn > {}, load);
     int h, tile;

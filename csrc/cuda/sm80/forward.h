@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(ForwardShape<T, kDim, V>::kTile.threads())
       CleanV::template clean<kThreads>(v_tile(stage), notes);
       __syncthreads();
     }
-    Sequence own = s;
+    Sequence own = s;  // and what follows: as this step takes them, see kHoldsRows
     int own_head = head, own_row = row;
     if constexpr (masked.value && !Shape::kHoldsRows)
       own.batch = ptx::uniform(s.batch), own_row = ptx::again(row);

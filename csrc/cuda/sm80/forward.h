@@ -26,9 +26,9 @@ struct ForwardShape {
                         kHoldsHead = kHoldsRows || kDim > 128;
   // Else these wait in shared memory between the loops.
   static constexpr bool kHoldsKeyPointers = kMovesOn || !kHoldsHead;
-  static constexpr int kPointersOffset = kNotesOffset + (Cleaner<KTile>::kBytes + 7) / 8 * 8;
+  static constexpr int kPointersOffset = kNotesOffset + Cleaner<KTile>::kBytes;
   static constexpr int kSharedBytes = kPointersOffset + (kHoldsKeyPointers ? 0 : int(sizeof(KeyPointers)));
-  static_assert(kSharedBytes <= kSharedLimit);
+  static_assert(kSharedBytes <= kSharedLimit && kPointersOffset % alignof(KeyPointers) == 0);
 };
 
 template <typename T, int kDim, typename V>
